@@ -1,0 +1,270 @@
+"""MemorySparseAttention: one decoder layer's attention over a memory (paper, section 3.2, eq. 3-4).
+
+Two streams, which meet in the memory alone:
+
+* documents attend causally, each within itself; a routed layer also leaves the memory behind: K (after norm and RoPE),
+  V and routing keys, mean-pooled over chunks. Projection commutes with the mean, so states are pooled first and C rows
+  projected instead of T;
+* active contexts attend to [template head; pooled chunks of the selected documents; themselves, causally]. A layer
+  that does not route reads no document.
+
+The invariant: a document's part of the memory depends on nothing but the document, so the memory can be encoded
+elsewhere, kept, cut and changed. Encoding a pack, a bank and a single document is this same code.
+
+Shapes: T document tokens, D documents, C chunks, A active-context tokens, Q queries, X routing tokens (Q * S),
+K selected documents, M model width, H query heads, G key/value heads, W head width, R = G * W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msa_train.kernels.varlen import Backend, Sequences, varlen_attention
+from msa_train.pack import ChunkLayout, Contexts, Documents, TensorFields
+from msa_train.routing import document_scores, routing_key, routing_query, select_documents
+
+
+@dataclass(frozen=True)
+class LayerMemory(TensorFields):
+    """What one routed layer keeps of the documents.
+
+    Args:
+        key_CGW: Mean of K over each chunk, after k-norm and RoPE.
+        value_CGW: Mean of V over each chunk.
+        router_key_CR: Unit routing keys k^ of each chunk, float32.
+    """
+
+    key_CGW: Tensor
+    value_CGW: Tensor
+    router_key_CR: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a routed layer chose.
+
+    Args:
+        doc_score_QD: Document scores, float32, with their gradient.
+        selected_QK: Selected documents, best first.
+    """
+
+    doc_score_QD: Tensor
+    selected_QK: Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary factors of a token stream: `cos` and `sin`, [tokens, W]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, states_THW: Tensor) -> Tensor:
+        """Applies rotary positions in the half-split layout that Llama and Qwen use."""
+        first, second = states_THW.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return states_THW * self.cos[:, None] + turned * self.sin[:, None]
+
+
+class MemorySparseAttention:
+    """Reads and encodes with the projections of one Hugging Face attention module.
+
+    Holds no parameters: they stay the decoder's own, under their own names, so that the backbone can be saved and
+    opened without this library. Every weight is used through its module's call, which is where ZeRO-3 gathers it.
+
+    Args:
+        attention: Module with q_proj, k_proj, v_proj, o_proj, head_dim, and q_norm/k_norm where the decoder has them;
+            a routed layer has router_q_proj and router_k_proj as well.
+        top_k: Documents selected per query.
+        backend: Attention back end.
+    """
+
+    def __init__(self, attention: nn.Module, top_k: int, backend: Backend = "auto") -> None:
+        self.modules: Any = attention
+        self.width: int = self.modules.head_dim
+        self.heads: int = self.modules.q_proj.out_features // self.width
+        self.groups: int = self.modules.k_proj.out_features // self.width
+        self.scale: float = getattr(attention, "scaling", self.width**-0.5)
+        self.top_k = top_k
+        self.backend: Backend = backend
+
+    @property
+    def routed(self) -> bool:
+        """Whether this layer reads the memory."""
+        return hasattr(self.modules, "router_k_proj")
+
+    def encode(
+        self, hidden_TM: Tensor, rope: Rope, documents: Documents, attend: bool = True
+    ) -> tuple[Tensor | None, LayerMemory | None]:
+        """Documents through this layer.
+
+        Args:
+            hidden_TM: Normed states of the document tokens.
+            rope: Rotary factors of the document-wise positions.
+            documents: Their layout.
+            attend: False after the last routed layer's keys and values, where nothing else of the documents is needed.
+
+        Returns:
+            The attention output [T, M] (None unless `attend`) and the memory (None unless the layer routes).
+        """
+        key, value = self._key_value(hidden_TM, rope)
+        memory = None
+        if self.routed:
+            pooled_CM = pool_chunks(hidden_TM, documents.chunk_offsets_C)
+            router_key = self.modules.router_k_proj(pooled_CM).unflatten(-1, (self.groups, self.width))
+            memory = LayerMemory(
+                key_CGW=pool_chunks(key, documents.chunk_offsets_C),
+                value_CGW=pool_chunks(value, documents.chunk_offsets_C),
+                router_key_CR=routing_key(router_key),
+            )
+        if not attend:
+            return None, memory
+        sequences = Sequences(documents.offsets_D, documents.offsets_D, documents.longest, documents.longest)
+        return self._attend(self._query(hidden_TM, rope), key, value, sequences), memory
+
+    def read(
+        self,
+        hidden_AM: Tensor,
+        rope: Rope,
+        contexts: Contexts,
+        memory: LayerMemory | None = None,
+        chunks: ChunkLayout | None = None,
+        top_k: int | None = None,
+        selected_QK: Tensor | None = None,
+    ) -> tuple[Tensor, Reading | None]:
+        """Active contexts through this layer.
+
+        Args:
+            hidden_AM: Normed states of template head and contexts.
+            rope: Rotary factors of their global positions.
+            contexts: Their layout.
+            memory: What `encode` left, or a bank's part; None where the layer does not route.
+            chunks: The memory's chunk layout.
+            top_k: Documents to select, where it differs from the layer's own.
+            selected_QK: A selection to use instead of the best: recomputation hands back that of the first pass, since
+                a tie that falls the other way would change the shapes.
+
+        Returns:
+            The attention output [A, M] and, where the layer routes, the scores and the selection.
+        """
+        query = self._query(hidden_AM, rope)
+        key, value = self._key_value(hidden_AM, rope)
+        if memory is None or chunks is None:
+            rows, offsets = context_rows(contexts)
+            longest = contexts.head + contexts.longest
+            return self._attend_rows(query, key, value, rows, offsets, longest, contexts), None
+
+        reading = self._route(hidden_AM, contexts, memory, chunks, top_k or self.top_k, selected_QK)
+        rows, offsets = context_rows(contexts, chunks, reading.selected_QK)
+        most = chunks.largest_sums[reading.selected_QK.shape[1]]
+        key = torch.cat([key, memory.key_CGW.to(key.dtype)])
+        value = torch.cat([value, memory.value_CGW.to(value.dtype)])
+        longest = contexts.head + most + contexts.longest
+        return self._attend_rows(query, key, value, rows, offsets, longest, contexts), reading
+
+    def _route(
+        self,
+        hidden_AM: Tensor,
+        contexts: Contexts,
+        memory: LayerMemory,
+        chunks: ChunkLayout,
+        top_k: int,
+        selected_QK: Tensor | None,
+    ) -> Reading:
+        index_X = contexts.routing_index_QS.flatten()
+        projected = self.modules.router_q_proj(hidden_AM.index_select(0, index_X))
+        query_XR = routing_query(projected.unflatten(-1, (self.heads, self.width)), self.groups)
+        own_QS = torch.arange(len(index_X), device=index_X.device).view_as(contexts.routing_index_QS)
+        with torch.autocast(hidden_AM.device.type, enabled=False):
+            score_QD = document_scores(query_XR, own_QS, memory.router_key_CR, chunks, self.heads)
+        return Reading(score_QD, select_documents(score_QD, top_k) if selected_QK is None else selected_QK)
+
+    def _query(self, hidden: Tensor, rope: Rope) -> Tensor:
+        query = self.modules.q_proj(hidden).unflatten(-1, (self.heads, self.width))
+        return rope.rotate(self._norm("q_norm", query)).to(hidden.dtype)
+
+    def _key_value(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        key = self.modules.k_proj(hidden).unflatten(-1, (self.groups, self.width))
+        value = self.modules.v_proj(hidden).unflatten(-1, (self.groups, self.width))
+        return rope.rotate(self._norm("k_norm", key)), value
+
+    def _norm(self, name: str, states: Tensor) -> Tensor:
+        norm = getattr(self.modules, name, None)
+        return states if norm is None else norm(states)
+
+    def _attend_rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        longest_key: int,
+        contexts: Contexts,
+    ) -> Tensor:
+        longest_query = max(contexts.head, contexts.longest)
+        sequences = Sequences(contexts.offsets_Q, offsets, longest_query, longest_key)
+        return self._attend(query, key.index_select(0, rows), value.index_select(0, rows), sequences)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Tensor:
+        # under autocast a norm with float32 weights hands back float32; the kernels want one dtype
+        dtype = value.dtype
+        out = varlen_attention(query.to(dtype), key.to(dtype), value, sequences, self.scale, self.backend)
+        return self.modules.o_proj(out.flatten(1))
+
+
+def pool_chunks(states_TX: Tensor, chunk_offsets_C: Tensor) -> Tensor:
+    """Mean over each chunk's tokens, summed in float32 segment by segment (a cumulative sum would lose digits).
+
+    >>> pool_chunks(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 2, 3])).flatten()
+    tensor([2., 8.])
+    """
+    flat = states_TX.float().flatten(1).contiguous()
+    mean = torch.segment_reduce(flat, "mean", offsets=chunk_offsets_C, axis=0, unsafe=True)
+    return mean.to(states_TX.dtype).unflatten(-1, states_TX.shape[1:])
+
+
+def context_rows(
+    contexts: Contexts, chunks: ChunkLayout | None = None, selected_QK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which rows of [active-context tokens; chunks] each sequence of the context stream attends to.
+
+    The head attends to itself; context q to [head; chunks of its selected documents; itself]. Bottom-right causality
+    then gives every token of a context the whole head, all its chunks, and its own past.
+
+    With a head of 1 token, one context of 2, and chunks 0-1 of a selected document: rows [0 | 0, 3, 4, 1, 2].
+
+    Returns:
+        Rows [at least the sum of key lengths], int64: the bound is known on the host, so nothing waits for the device,
+        and rows behind the last offset belong to nobody. Offsets: Q + 2 values, int32.
+    """
+    device = contexts.tokens_A.device
+    queries, tokens, head = contexts.queries, contexts.tokens_A.numel(), contexts.head
+    own_start = contexts.offsets_Q[1:-1].long()
+    own_length = contexts.offsets_Q.diff()[1:].long()
+    starts = [own_start.new_zeros(queries, 1)]
+    lengths = [own_start.new_full((queries, 1), head)]
+    bound = head + queries * head + (tokens - head)
+    if chunks is not None and selected_QK is not None:
+        starts.append(tokens + chunks.offsets_D[selected_QK])
+        lengths.append(chunks.offsets_D[selected_QK + 1] - chunks.offsets_D[selected_QK])
+        bound += queries * chunks.largest_sums[selected_QK.shape[1]]
+    starts.append(own_start[:, None])
+    lengths.append(own_length[:, None])
+
+    start_Y, length_QY = torch.cat(starts, 1).flatten(), torch.cat(lengths, 1)
+    zero = start_Y.new_zeros(1)
+    start_Y = torch.cat([zero, start_Y])
+    length_Y = torch.cat([zero + head, length_QY.flatten()])
+    end_Y = length_Y.cumsum(0)
+    place = torch.arange(bound, device=device)
+    segment = torch.searchsorted(end_Y, place, right=True).clamp_max(len(end_Y) - 1)
+    rows = start_Y[segment] + place - (end_Y[segment] - length_Y[segment])
+    rows = torch.where(place < end_Y[-1], rows, zero)
+    key_length = torch.cat([zero + head, length_QY.sum(1)])
+    offsets = torch.cat([zero, key_length.cumsum(0)]).to(torch.int32)
+    return rows, offsets

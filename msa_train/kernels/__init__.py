@@ -1,0 +1,1 @@
+"""Kernels and the plain PyTorch references beside them."""

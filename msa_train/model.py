@@ -1,0 +1,282 @@
+"""MemorySparseModel: a Hugging Face decoder with router projectors attached, run over a MemoryPack.
+
+The backbone stays Hugging Face's: its module and parameter names do not change, and the routers hang on its attention
+modules under the published names (`model.layers.{i}.self_attn.router_q_proj.0.weight`).
+The invariant: documents never look at contexts, so `forward` (both streams, layer by layer), `encode` (documents
+alone) and `read` (contexts over an encoded memory) are the same two layer functions in three loops.
+
+Shapes: T document tokens, A active-context tokens, Q queries, D documents, K selected documents, L routed layers,
+N labelled tokens, M model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from msa_train.attention import LayerMemory, MemorySparseAttention, Reading, Rope
+from msa_train.config import MSAConfig
+from msa_train.errors import UserError
+from msa_train.kernels.varlen import Backend
+from msa_train.losses import label_cross_entropy
+from msa_train.pack import ChunkLayout, Contexts, Documents, MemoryPack, TensorFields
+from msa_train.routing import init_routers, router_projector
+
+# decoders whose layer is exactly norm, attention, residual, norm, MLP, residual: each is held equal to
+# transformers' own forward by tests/test_model.py; another one could differ by a multiplier and train wrongly unseen
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class DocumentMemory(TensorFields):
+    """Documents as every routed layer remembers them.
+
+    Args:
+        chunks: Which chunks belong to which document.
+        layers: One memory per routed layer, in order.
+    """
+
+    chunks: ChunkLayout
+    layers: tuple[LayerMemory, ...]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> DocumentMemory:
+        return DocumentMemory(self.chunks._map(change), tuple(layer._map(change) for layer in self.layers))
+
+    def first(self, documents: int) -> DocumentMemory:
+        """The memory of the first `documents` documents: one encoding serves every smaller memory."""
+        stop = int(self.chunks.offsets_D[documents])
+        layers = tuple(layer._map(lambda rows: rows[:stop]) for layer in self.layers)
+        return DocumentMemory(self.chunks.first(documents), layers)
+
+    @staticmethod
+    def join(parts: list[DocumentMemory]) -> DocumentMemory:
+        """One memory of several, in order: documents do not depend on their neighbours."""
+        counts = torch.cat([part.chunks.offsets_D.diff() for part in parts])
+        layers = zip(*(part.layers for part in parts), strict=True)
+        return DocumentMemory(
+            ChunkLayout.of_counts(counts.tolist()).to(counts.device),
+            tuple(
+                LayerMemory(
+                    torch.cat([part.key_CGW for part in layer]),
+                    torch.cat([part.value_CGW for part in layer]),
+                    torch.cat([part.router_key_CR for part in layer]),
+                )
+                for layer in layers
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pack's queries made of the memory.
+
+    Args:
+        hidden_AM: Last states of head and contexts, before the final norm.
+        doc_score_LQD: Document scores of every routed layer, float32, with their gradient.
+        selected_LQK: Selected documents of every routed layer, best first.
+    """
+
+    hidden_AM: Tensor
+    doc_score_LQD: Tensor
+    selected_LQK: Tensor
+
+
+class MemorySparseModel(nn.Module):
+    """A decoder that reads a memory.
+
+    Args:
+        backbone: A causal language model of one of the `SUPPORTED` types.
+        config: The memory's sizes.
+        backend: Attention back end.
+        recompute: Gradient checkpointing, a layer at a time, with the first pass's selection.
+
+    Raises:
+        UserError: The backbone is of another type, or uses dropout or a sliding window in attention.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        config: MSAConfig,
+        backend: Backend = "auto",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_supported(backbone)
+        self.backbone = backbone
+        self.config = config
+        self.recompute = recompute
+        self.routed_layers = config.layers_of(len(self._decoder.layers))
+        for number in self.routed_layers:
+            _attach_routers(self._decoder.layers[number].self_attn, config)
+        self.attention = [
+            MemorySparseAttention(layer.self_attn, config.top_k, backend) for layer in self._decoder.layers
+        ]
+
+    @property
+    def _decoder(self) -> Any:
+        return self.backbone.model
+
+    def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and weights of the router projectors."""
+        return ((name, weight) for name, weight in self.named_parameters() if ".router_" in name)
+
+    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and weights of everything else."""
+        return ((name, weight) for name, weight in self.named_parameters() if ".router_" not in name)
+
+    def forward(self, pack: MemoryPack, top_k: int | None = None) -> Output:
+        """Both streams of a pack, layer by layer.
+
+        Args:
+            pack: Documents and contexts.
+            top_k: Documents to select, where it differs from the config's.
+        """
+        documents, contexts = pack.documents, pack.contexts
+        doc_hidden, doc_rope = self._start_documents(documents)
+        hidden, rope = self._start_contexts(contexts)
+        readings: list[Reading] = []
+        for number in range(len(self.attention)):
+            kept: list[Tensor] = []  # the selection of the first pass, for a recomputation
+
+            def both(
+                doc_hidden: Tensor, hidden: Tensor, number: int = number, kept: list[Tensor] = kept
+            ) -> tuple[Tensor, Tensor, Reading | None]:
+                doc_hidden, memory = self._encode_layer(number, doc_hidden, doc_rope, documents)
+                chosen = kept[0] if kept else None
+                hidden, reading = self._read_layer(
+                    number, hidden, rope, contexts, memory, documents.chunks, top_k, chosen
+                )
+                if reading is not None and not kept:
+                    kept.append(reading.selected_QK)
+                return doc_hidden, hidden, reading
+
+            if self.recompute and self.training and torch.is_grad_enabled():
+                # nothing in a layer draws random numbers
+                doc_hidden, hidden, reading = cast(
+                    tuple[Tensor, Tensor, Reading | None],
+                    checkpoint(both, doc_hidden, hidden, use_reentrant=False, preserve_rng_state=False),
+                )
+            else:
+                doc_hidden, hidden, reading = both(doc_hidden, hidden)
+            if reading is not None:
+                readings.append(reading)
+        return _output(hidden, readings)
+
+    def encode(self, documents: Documents) -> DocumentMemory:
+        """The memory of these documents."""
+        hidden, rope = self._start_documents(documents)
+        layers = []
+        for number in range(self.routed_layers[-1] + 1):
+            hidden, memory = self._encode_layer(number, hidden, rope, documents)
+            if memory is not None:
+                layers.append(memory)
+        return DocumentMemory(documents.chunks, tuple(layers))
+
+    def read(self, contexts: Contexts, memory: DocumentMemory, top_k: int | None = None) -> Output:
+        """Contexts over an encoded memory."""
+        hidden, rope = self._start_contexts(contexts)
+        layers, readings = iter(memory.layers), []
+        for number in range(len(self.attention)):
+            layer_memory = next(layers) if self.attention[number].routed else None
+            hidden, reading = self._read_layer(number, hidden, rope, contexts, layer_memory, memory.chunks, top_k, None)
+            if reading is not None:
+                readings.append(reading)
+        return _output(hidden, readings)
+
+    def logits(self, hidden_XM: Tensor) -> Tensor:
+        """Next-token logits [X, V] of last states."""
+        return self.backbone.lm_head(self._decoder.norm(hidden_XM))
+
+    def label_loss(self, output: Output, contexts: Contexts) -> Tensor:
+        """Summed cross entropy of the labelled tokens; the language-model head sees no other row."""
+        hidden_NM = output.hidden_AM.index_select(0, contexts.label_index_N)
+        return label_cross_entropy(hidden_NM, contexts.label_target_N, self.logits)
+
+    def _start_documents(self, documents: Documents) -> tuple[Tensor, Rope]:
+        hidden_TM = self._decoder.embed_tokens(documents.tokens_T)
+        return hidden_TM, self._rope(hidden_TM, documents.position_T)
+
+    def _start_contexts(self, contexts: Contexts) -> tuple[Tensor, Rope]:
+        # the query starts behind the template head and k places left for the documents (paper, section 3.3)
+        position_A = contexts.position_A.clone()
+        position_A[contexts.head :] += self.config.top_k
+        hidden_AM = self._decoder.embed_tokens(contexts.tokens_A)
+        return hidden_AM, self._rope(hidden_AM, position_A)
+
+    def _rope(self, hidden: Tensor, position: Tensor) -> Rope:
+        cos, sin = self._decoder.rotary_emb(hidden, position[None])
+        return Rope(cos[0], sin[0])
+
+    def _encode_layer(
+        self, number: int, hidden: Tensor, rope: Rope, documents: Documents
+    ) -> tuple[Tensor, LayerMemory | None]:
+        last = self.routed_layers[-1]
+        if number > last:
+            return hidden, None
+        layer = self._decoder.layers[number]
+        out, memory = self.attention[number].encode(
+            layer.input_layernorm(hidden), rope, documents, attend=number < last
+        )
+        return (hidden if out is None else _residual(layer, hidden, out)), memory
+
+    def _read_layer(
+        self,
+        number: int,
+        hidden: Tensor,
+        rope: Rope,
+        contexts: Contexts,
+        memory: LayerMemory | None,
+        chunks: ChunkLayout,
+        top_k: int | None,
+        selected_QK: Tensor | None,
+    ) -> tuple[Tensor, Reading | None]:
+        layer = self._decoder.layers[number]
+        out, reading = self.attention[number].read(
+            layer.input_layernorm(hidden), rope, contexts, memory, chunks, top_k, selected_QK
+        )
+        return _residual(layer, hidden, out), reading
+
+
+def _residual(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + attended
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _output(hidden: Tensor, readings: list[Reading]) -> Output:
+    return Output(
+        hidden_AM=hidden,
+        doc_score_LQD=torch.stack([reading.doc_score_QD for reading in readings]),
+        selected_LQK=torch.stack([reading.selected_QK for reading in readings]),
+    )
+
+
+def _attach_routers(attention: Any, config: MSAConfig) -> None:
+    weight = attention.k_proj.weight
+    outputs = attention.q_proj.out_features, attention.k_proj.out_features
+    query, key = (router_projector(attention.k_proj.in_features, size) for size in outputs)
+    query.to(device=weight.device, dtype=weight.dtype)
+    key.to(device=weight.device, dtype=weight.dtype)
+    init_routers(
+        query, key, outputs[0] // attention.head_dim, outputs[1] // attention.head_dim, config.router_init
+    )
+    attention.router_q_proj, attention.router_k_proj = query, key
+
+
+def _check_supported(backbone: PreTrainedModel) -> None:
+    config = backbone.config
+    if config.model_type not in SUPPORTED:
+        raise UserError(f"model.backbone is of type '{config.model_type}'; supported: {', '.join(SUPPORTED)}")
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError(
+            f"model.backbone has attention_dropout {config.attention_dropout}: set it to 0 in its config.json"
+        )
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if sliding or (config.model_type == "mistral" and config.sliding_window):
+        raise UserError("model.backbone uses sliding-window attention, which a memory cannot; unset it in config.json")

@@ -1,0 +1,321 @@
+"""MemorySparseModule: joint training of routing and generation as a LightningModule.
+
+One shared step for training and validation: run the pack, sum both losses, divide by the counts of the whole
+optimiser step (losses.global_mean). Phases follow from the global step (phases.py). Nothing in a step waits for the
+device: metrics accumulate there and are read when they are logged.
+
+Tags (docs/architecture.md): `loss/*`, `train/*` from training; `routing/{metric}/{split}` and `loss/lm/{split}` from
+held-out queries, routed over their whole pack.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from msa_train.backbone import fit_vocabulary, open_backbone
+from msa_train.config import MSAConfig
+from msa_train.errors import UserError
+from msa_train.kernels.varlen import Backend
+from msa_train.losses import RoutingLoss, global_mean, routing_loss
+from msa_train.metrics import LossMeans, RoutingMetrics
+from msa_train.model import MemorySparseModel, Output
+from msa_train.pack import MemoryPack
+from msa_train.phases import Group, Phase, Timeline
+from msa_train.protocol import RoutingWords
+
+COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class MemorySparseModule(L.LightningModule):
+    """Trains a memory-sparse decoder.
+
+    Args:
+        backbone: Folder or hub name of a Hugging Face decoder; or a config.json for random weights of that shape.
+        phases: What to optimise, in order; the run's length is the sum of their steps.
+        msa: The memory's sizes.
+        routing_words: Which words choose documents: those of the user's `question`, or of the `prompt` around it too.
+        routing_loss: `decoupled` (the paper's), `coupled` or `focal`.
+        temperature: Of the routing loss.
+        weight_decay: On matrices; norms, biases and embeddings have none.
+        betas: AdamW's.
+        init_from: Checkpoint whose weights to start from. Unlike --ckpt_path, steps and optimiser start anew.
+        attention: Attention back end.
+        recompute: Gradient checkpointing, a layer at a time.
+        weights: Precision of the weights.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        phases: list[Phase],
+        msa: MSAConfig = MSAConfig(),
+        routing_words: RoutingWords = "question",
+        routing_loss: RoutingLoss = "decoupled",
+        temperature: float = 0.1,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        init_from: str | None = None,
+        attention: Backend = "auto",
+        recompute: bool = False,
+        weights: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise UserError(f"model.temperature is {temperature}: give a positive number (the paper: 0.1)")
+        if init_from is not None and not Path(init_from).is_file():
+            raise UserError(f"model.init_from: no such checkpoint '{init_from}'")
+        self.timeline = Timeline(tuple(phases))
+        self.backbone_name, self.msa = backbone, msa
+        self.routing_words: RoutingWords = routing_words
+        self.loss_kind: RoutingLoss = routing_loss
+        self.temperature, self.weight_decay, self.betas = temperature, weight_decay, betas
+        self.init_from, self.backend, self.recompute = init_from, attention, recompute
+        self.dtype_name = weights
+        self.model: MemorySparseModel | None = None
+        self._collapse_told = False
+        self._skipped: Tensor | None = None
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Opens the backbone and attaches routers, once."""
+        if self.model is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # routers and new embeddings alike on all ranks, whatever was drawn before
+            backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
+            tokenizer = self._tokenizer()
+            if tokenizer is not None:
+                fit_vocabulary(backbone, len(tokenizer))
+            self.model = MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
+        layers, k = self.model.routed_layers, self.msa.top_k
+        splits = self._splits()
+        self.held_out = torch.nn.ModuleList([RoutingMetrics(layers, k) for _ in splits])
+        self.held_out_loss = torch.nn.ModuleList([LossMeans() for _ in splits])
+        self.training_routing = RoutingMetrics(layers, k)
+        self.training_loss = LossMeans()
+        if all(phase.trainable == "routers" for phase in self.timeline.phases):
+            for _, weight in self.model.backbone_parameters():
+                weight.requires_grad_(False)
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            self._load_weights(self.init_from)
+
+    @property
+    def net(self) -> MemorySparseModel:
+        """The model, once it is built."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over named groups, each weight in exactly one; rates come from the phases."""
+        groups = parameter_groups(self.net, self.weight_decay)
+        # fused: it skips a step when told to by a device flag, without the host looking (see on_before_optimizer_step)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=self.betas, fused=True)
+
+        def rate(name: str) -> Any:
+            kind: Group = "routers" if name.startswith("routers") else "backbone"
+            return lambda step: self.timeline.learning_rate(step, kind)
+
+        schedule = LambdaLR(optimizer, [rate(group["name"]) for group in groups])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Checks what only the trainer knows."""
+        mixed = len({phase.trainable for phase in self.timeline.phases}) > 1
+        strategy = self.trainer.strategy
+        unused_allowed = getattr(strategy, "_ddp_kwargs", {"find_unused_parameters": True})
+        if mixed and not unused_allowed.get("find_unused_parameters", False):
+            raise UserError(
+                "model.phases freeze the backbone in some phases only: DDP needs "
+                "--trainer.strategy ddp_find_unused_parameters_true for that"
+            )
+        self._skipped = torch.zeros((), device=self.device)
+
+    def on_train_start(self) -> None:
+        """Lightning never calls train(), and from_pretrained leaves eval mode on (Lightning issue 20105)."""
+        self.train()
+
+    def on_train_batch_start(self, batch: MemoryPack, batch_idx: int) -> None:
+        """Freezes or frees the backbone as the phase says."""
+        _, phase, _ = self.timeline.at(self.global_step)
+        wanted = phase.trainable == "all"
+        if next(weight for _, weight in self.net.backbone_parameters()).requires_grad != wanted:
+            for _, weight in self.net.backbone_parameters():
+                weight.requires_grad_(wanted)
+
+    def training_step(self, pack: MemoryPack, batch_idx: int) -> Tensor:
+        """The weighted sum of both losses of one pack, as its share of the global batch."""
+        _, phase, _ = self.timeline.at(self.global_step)
+        output, lm_sum, routing_sum = self._losses(pack, phase)
+        world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        lm = global_mean(lm_sum, pack.step_labels, world, accumulated)
+        routing = global_mean(routing_sum, pack.step_queries, world, accumulated)
+        total = phase.lm_weight * lm + phase.routing_weight * routing
+        self.training_loss.update(lm_sum.detach(), len(pack.contexts.label_target_N), routing_sum.detach(), pack.queries)
+        self.training_routing.update(output.doc_score_LQD.detach(), output.selected_LQK, pack.positive_QD)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measures the gradient and keeps a non-finite one from the weights, without a look at the device."""
+        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        if not gradients:  # DeepSpeed holds them in its own partitions, and its own overflow check
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        broken = (~torch.isfinite(norm)).float()
+        # AdamW's fused kernels leave weights, moments and step untouched where this flag is set
+        optimizer.found_inf = broken  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        assert self._skipped is not None
+        self._skipped += broken
+        self.log("train/grad_norm", norm, batch_size=1)
+        self.log("train/skipped_steps", self._skipped, batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: MemoryPack, batch_idx: int) -> None:
+        """Reads the running training metrics at the logging interval."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and self.global_step % self.trainer.log_every_n_steps == 0:
+            number, phase, within = self.timeline.at(self.global_step - 1)
+            loss, values = self.training_loss.compute(), self.training_routing.compute()
+            self.training_loss.reset()
+            self.training_routing.reset()
+            total = phase.lm_weight * loss["lm"] + phase.routing_weight * loss["routing"]
+            for name, value in (("total", total), *loss.items()):
+                self.log(f"loss/{name}", value, batch_size=1)
+            for name in ("recall@1", "recall@k", "diversity"):
+                self.log(f"train/{name}", values[name], batch_size=1, prog_bar=name == "recall@1")
+            self.log("train/lr", phase.learning_rate(within, "routers"), batch_size=1)
+            self.log("train/phase", float(number), batch_size=1)
+            if self.global_step >= 50:
+                self._watch_collapse(float(values["diversity"]), float(values["hubness"]), "training packs")
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the held-out metrics afresh."""
+        for metric in (*self.held_out, *self.held_out_loss):
+            metric.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Routes held-out queries over their whole pack."""
+        _, phase, _ = self.timeline.at(max(self.global_step - 1, 0))
+        output, lm_sum, routing_sum = self._losses(pack, phase)
+        if pack.counted:
+            labels = len(pack.contexts.label_target_N)
+            self.held_out[dataloader_idx].update(output.doc_score_LQD, output.selected_LQK, pack.positive_QD)
+            self.held_out_loss[dataloader_idx].update(lm_sum, labels, routing_sum, pack.queries)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs every split, and warns once when the router has collapsed."""
+        for number, split in enumerate(self._splits()):
+            values = self.held_out[number].compute()
+            for name, value in values.items():
+                self.log(f"routing/{name}/{split}", value, prog_bar=name == "recall@1")
+            for name, value in self.held_out_loss[number].compute().items():
+                self.log(f"loss/{name}/{split}", value)
+            if self.global_step > 0:
+                self._watch_collapse(float(values["diversity"]), float(values["hubness"]), f"split '{split}'")
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Ranks the pack's documents for each of its queries."""
+        score_QD = self.net(pack).doc_score_LQD.mean(0)
+        best = torch.topk(score_QD, min(self.msa.top_k, score_QD.shape[1]))
+        return [
+            {
+                "query": query,
+                "documents": [pack.document_ids[place] for place in places],
+                "scores": scores,
+                "positives": [pack.document_ids[place] for place in pack.positive_QD[row].nonzero().flatten().tolist()],
+            }
+            for row, (query, places, scores) in enumerate(
+                zip(pack.query_ids, best.indices.tolist(), best.values.tolist(), strict=True)
+            )
+            if pack.counted
+        ]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what identifies the architecture."""
+        checkpoint["msa_train"] = {"routed_layers": list(self.net.routed_layers), "chunk_size": self.msa.chunk_size}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the weights of another architecture before anything is overwritten."""
+        self._check_architecture(checkpoint, "--ckpt_path")
+
+    def _load_weights(self, path: str) -> None:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        self._check_architecture(checkpoint, f"model.init_from '{path}'")
+        self.load_state_dict(checkpoint["state_dict"])
+
+    def _check_architecture(self, checkpoint: dict[str, Any], place: str) -> None:
+        theirs = checkpoint.get("state_dict")
+        if theirs is None:
+            raise UserError(f"{place}: not a checkpoint of this project (no state_dict)")
+        ours = self.state_dict()
+        for name, weight in ours.items():
+            if name not in theirs:
+                raise UserError(f"{place}: another architecture: it has no '{name}'")
+            if theirs[name].shape != weight.shape:
+                raise UserError(
+                    f"{place}: another architecture: '{name}' is {tuple(theirs[name].shape)} there, "
+                    f"{tuple(weight.shape)} here"
+                )
+        extra = next((name for name in theirs if name not in ours), None)
+        if extra is not None:
+            raise UserError(f"{place}: another architecture: it has '{extra}', which this model lacks")
+
+    # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _losses(self, pack: MemoryPack, phase: Phase) -> tuple[Output, Tensor, Tensor]:
+        output = self.net(pack, phase.top_k or None)
+        lm_sum = self.net.label_loss(output, pack.contexts)
+        per_query = routing_loss(output.doc_score_LQD, pack.positive_QD, self.temperature, self.loss_kind)
+        return output, lm_sum, per_query.mean(0).sum()
+
+    def _watch_collapse(self, diversity: float, hubness: float, where: str) -> None:
+        if diversity < COLLAPSED and not self._collapse_told:
+            self._collapse_told = True
+            if self.trainer.is_global_zero:
+                warnings.warn(
+                    f"the router has collapsed: on {where} the most popular document wins {hubness:.0%} of the queries "
+                    f"(diversity {diversity:.2f}; 1 is healthy). Compare with the untrained router, try router_init "
+                    "aligned, a lower router_lr, or more queries per pack.",
+                    stacklevel=2,
+                )
+
+    def _tokenizer(self) -> Any:
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return getattr(data, "tokenizer", None)
+
+    def _splits(self) -> tuple[str, ...]:
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return tuple(getattr(data, "val_splits", ("test",)))
+
+
+def parameter_groups(model: MemorySparseModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Named optimiser groups: routers, backbone, backbone without decay. Every trainable weight is in exactly one."""
+    backbone = [(name, weight) for name, weight in model.backbone_parameters() if weight.requires_grad]
+    decayed = [weight for name, weight in backbone if weight.ndim >= 2 and "embed" not in name]
+    others = [weight for name, weight in backbone if weight.ndim < 2 or "embed" in name]
+    groups = [
+        {"name": "routers", "params": [weight for _, weight in model.router_parameters()], "weight_decay": 0.0},
+        {"name": "backbone", "params": decayed, "weight_decay": weight_decay},
+        {"name": "backbone_no_decay", "params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

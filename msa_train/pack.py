@@ -1,0 +1,262 @@
+"""MemoryPack: the tensors of one training sample, laid out so that every step of the model is a slice.
+
+All documents come first, end to end; then the active contexts, end to end, behind one template head that they share
+(its states depend on nothing else, so one copy serves every query exactly). No batch dimension, no padding.
+The invariant: everything about the structure is known here, on the host, before a device sees the pack, so no layer
+asks the device for its own shape.
+
+Shapes: T document tokens, D documents, C chunks, A active-context tokens (head included), Q queries, S routing tokens
+of the longest question, N labelled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class TensorFields:
+    """Moves every tensor of a dataclass, nested ones too. Lightning and DataLoader find `to` and `pin_memory`."""
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        moved: dict[str, Any] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = change(value)
+            elif isinstance(value, TensorFields):
+                moved[field.name] = value._map(change)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked host memory."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class ChunkLayout(TensorFields):
+    """Which chunks belong to which document.
+
+    Args:
+        document_C: The document of each chunk, int64.
+        offsets_D: Chunks of document i are `offsets_D[i] .. offsets_D[i + 1]`; D + 1 values, int64.
+        largest_sums: `largest_sums[k]` is the number of chunks of the k largest documents together. It bounds a
+            selection's size on the host, so that gathering one needs no look at the device.
+    """
+
+    document_C: Tensor
+    offsets_D: Tensor
+    largest_sums: tuple[int, ...]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents D."""
+        return len(self.largest_sums) - 1
+
+    @staticmethod
+    def of_counts(chunks_per_document: Sequence[int]) -> ChunkLayout:
+        """Layout of documents with these many chunks each.
+
+        >>> layout = ChunkLayout.of_counts([2, 1, 3])
+        >>> layout.document_C.tolist(), layout.offsets_D.tolist(), layout.largest_sums
+        ([0, 0, 1, 2, 2, 2], [0, 2, 3, 6], (0, 3, 5, 6))
+        """
+        count_D = torch.tensor(list(chunks_per_document), dtype=torch.int64)
+        largest = torch.sort(count_D, descending=True).values.cumsum(0).tolist()
+        return ChunkLayout(
+            document_C=torch.repeat_interleave(torch.arange(len(count_D)), count_D),
+            offsets_D=_offsets(count_D),
+            largest_sums=(0, *largest),
+        )
+
+    def first(self, documents: int) -> ChunkLayout:
+        """Layout of the first `documents` documents alone (a memory's prefix is a memory)."""
+        counts = self.offsets_D.diff()[:documents].tolist()
+        return ChunkLayout.of_counts(counts).to(self.offsets_D.device)
+
+
+@dataclass(frozen=True)
+class Documents(TensorFields):
+    """Documents end to end.
+
+    Args:
+        tokens_T: Token ids, int64.
+        position_T: RoPE positions, restarting at 0 in every document, int64.
+        offsets_D: Cumulative lengths, D + 1 values, int32 (what varlen kernels take).
+        chunk_offsets_C: Cumulative chunk lengths, C + 1 values, int64. A chunk never crosses documents.
+        chunks: Which chunks belong to which document.
+        longest: Tokens of the longest document.
+    """
+
+    tokens_T: Tensor
+    position_T: Tensor
+    offsets_D: Tensor
+    chunk_offsets_C: Tensor
+    chunks: ChunkLayout
+    longest: int
+
+    @staticmethod
+    def build(documents: Sequence[Sequence[int]], chunk_size: int) -> Documents:
+        """Lays documents out; each needs at least one token.
+
+        >>> d = Documents.build([[7, 8, 9], [5]], chunk_size=2)
+        >>> d.position_T.tolist(), d.offsets_D.tolist(), d.chunk_offsets_C.tolist()
+        ([0, 1, 2, 0], [0, 3, 4], [0, 2, 3, 4])
+        """
+        assert documents and all(len(tokens) for tokens in documents), "a pack needs documents, none of them empty"
+        length_D = torch.tensor([len(tokens) for tokens in documents])
+        chunk_lengths = [
+            min(chunk_size, len(tokens) - start) for tokens in documents for start in range(0, len(tokens), chunk_size)
+        ]
+        return Documents(
+            tokens_T=torch.cat([torch.as_tensor(tokens, dtype=torch.int64) for tokens in documents]),
+            position_T=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
+            offsets_D=_offsets(length_D).to(torch.int32),
+            chunk_offsets_C=_offsets(torch.tensor(chunk_lengths)),
+            chunks=ChunkLayout.of_counts([-(-len(tokens) // chunk_size) for tokens in documents]),
+            longest=int(length_D.max()),
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """One active context before it is packed: everything after the template head.
+
+    Args:
+        tokens: Token ids of query, answer and what stands between.
+        labelled: Whether each token is a target of the language-model loss.
+        routing: The span of tokens whose routing queries choose the documents.
+    """
+
+    tokens: Sequence[int]
+    labelled: Sequence[bool]
+    routing: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Contexts(TensorFields):
+    """One template head and the active contexts of Q queries, end to end.
+
+    Args:
+        tokens_A: Token ids, int64; the first `head` of them are the template head.
+        position_A: Position of each token behind the head's start, counted per context, int64. The model adds the
+            paper's offset of top-k to all but the head.
+        offsets_Q: Cumulative lengths of [head, context 0, ..., context Q-1]: Q + 2 values, int32.
+        routing_index_QS: Rows of `tokens_A` that route, int64. Shorter questions repeat their first token, which
+            changes no maximum.
+        label_index_N: Rows whose next token is a label, int64.
+        label_target_N: That next token, int64.
+        label_query_N: The query that each label belongs to, int64.
+        head: Tokens of the template head.
+        longest: Tokens of the longest context, head not counted.
+    """
+
+    tokens_A: Tensor
+    position_A: Tensor
+    offsets_Q: Tensor
+    routing_index_QS: Tensor
+    label_index_N: Tensor
+    label_target_N: Tensor
+    label_query_N: Tensor
+    head: int
+    longest: int
+
+    @property
+    def queries(self) -> int:
+        """Number of queries Q."""
+        return self.routing_index_QS.shape[0]
+
+    @staticmethod
+    def build(head: Sequence[int], contexts: Sequence[Context]) -> Contexts:
+        """Lays out contexts behind their template head.
+
+        >>> c = Contexts.build([1, 2], [Context([5, 6, 7], [False, False, True], (0, 2)), Context([8], [False], (0, 1))])
+        >>> c.offsets_Q.tolist(), c.position_A.tolist(), c.routing_index_QS.tolist()
+        ([0, 2, 5, 6], [0, 1, 2, 3, 4, 2], [[2, 3], [5, 5]])
+        >>> c.label_index_N.tolist(), c.label_target_N.tolist()
+        ([3], [7])
+        """
+        assert head and contexts, "a pack needs a template head and at least one query"
+        tokens: list[int] = list(head)
+        position: list[int] = list(range(len(head)))
+        index, target, query, routing = [], [], [], []
+        for number, context in enumerate(contexts):
+            start, (first, last) = len(tokens), context.routing
+            assert 0 <= first < last <= len(context.tokens), f"context {number}: routing span {context.routing}"
+            assert len(context.labelled) == len(context.tokens) and not context.labelled[0]
+            routing.append(range(start + first, start + last))
+            for place, is_label in enumerate(context.labelled):
+                if is_label:
+                    index.append(start + place - 1)
+                    target.append(context.tokens[place])
+                    query.append(number)
+            tokens.extend(context.tokens)
+            position.extend(range(len(head), len(head) + len(context.tokens)))
+        widest = max(len(rows) for rows in routing)
+        lengths = [len(head), *(len(context.tokens) for context in contexts)]
+        return Contexts(
+            tokens_A=torch.tensor(tokens),
+            position_A=torch.tensor(position),
+            offsets_Q=_offsets(torch.tensor(lengths)).to(torch.int32),
+            routing_index_QS=torch.tensor([[*rows, *[rows[0]] * (widest - len(rows))] for rows in routing]),
+            label_index_N=torch.tensor(index, dtype=torch.int64),
+            label_target_N=torch.tensor(target, dtype=torch.int64),
+            label_query_N=torch.tensor(query, dtype=torch.int64),
+            head=len(head),
+            longest=max(lengths[1:]),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPack(TensorFields):
+    """Documents and the queries that share them.
+
+    Args:
+        documents: The memory.
+        contexts: The active contexts.
+        positive_QD: Which documents answer which query, bool. All known ones: an unmarked document is a negative.
+        document_ids: Name of every document, in order.
+        query_ids: Name of every query, in order.
+        index: Place in the global order of packs.
+        step_labels: Labelled tokens of the whole optimiser step that the pack belongs to: over all ranks and all
+            accumulated packs. The loss divides by it.
+        step_queries: Queries with a positive of that step, likewise.
+        counted: False for a repeat that only keeps ranks in step in an evaluation; metrics leave it out.
+    """
+
+    documents: Documents
+    contexts: Contexts
+    positive_QD: Tensor
+    document_ids: tuple[str, ...]
+    query_ids: tuple[str, ...]
+    index: int = 0
+    step_labels: int = 0
+    step_queries: int = 0
+    counted: bool = True
+
+    def __post_init__(self) -> None:
+        expected = (self.contexts.queries, self.documents.chunks.documents)
+        if tuple(self.positive_QD.shape) != expected:
+            raise ValueError(f"positive_QD has shape {tuple(self.positive_QD.shape)}, the pack has (Q, D) = {expected}")
+
+    @property
+    def queries(self) -> int:
+        """Number of queries Q."""
+        return self.contexts.queries
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of documents and contexts together."""
+        return self.documents.tokens_T.numel() + self.contexts.tokens_A.numel()
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
