@@ -1,5 +1,6 @@
 """What runs beside training: throughput, reports, rankings."""
 
+from callbacks.report import BeforeAfterReport
 from callbacks.throughput import Throughput
 
-__all__ = ["Throughput"]
+__all__ = ["BeforeAfterReport", "Throughput"]

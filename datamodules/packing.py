@@ -1,7 +1,8 @@
 """Packing: which queries and documents make pack n, as a pure function of (seed, n).
 
-Pack n of an epoch takes the next Q queries of that epoch's permutation, all of their known positives, and random
-documents until the token budget is met. The invariant: a document that is known to answer any query of the pack is in
+An epoch deals its queries to packs like cards: sorted by the tokens of their positives into Q strata, one of each
+stratum to every pack, in an order drawn per epoch. So packs are alike in size, and whether all of them fit is known
+before training. To the queries' positives come random documents until the token budget is met. The invariant: a document that is known to answer any query of the pack is in
 the pack as that query's positive or not at all, so no known positive is ever counted as a negative; and every query
 comes once an epoch. Nothing is remembered between packs, so a resumed run, another number of ranks or of workers
 reads the same packs.
@@ -108,8 +109,8 @@ class Packer:
         self.queries = np.array(sorted(self.relation))
         self.length = np.array([len(tokens) for tokens in data.documents]) + protocol.wrapping(9_999)
         self.stream = zlib.crc32(split.encode())
-        self._check_budget()
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+        self.strata = self._stratify()
+        self._deal = lru_cache(maxsize=2)(self._deal_epoch)
 
     @property
     def packs_per_epoch(self) -> int:
@@ -119,16 +120,11 @@ class Packer:
     def plan(self, index: int) -> Plan:
         """Chooses the queries and documents of pack `index` (any number from 0; epochs follow one another)."""
         epoch, place = divmod(index, self.packs_per_epoch)
-        size = self.config.queries_per_pack
-        queries = self._permutation(epoch)[place * size : (place + 1) * size].tolist()
+        dealt = self._deal(epoch)[:, place]
         rng = self._rng(1, index)
+        queries = rng.permutation(dealt[dealt >= 0]).tolist()
         documents = dict.fromkeys(document for query in queries for document in self.positives[query])
         used = int(self.length[list(documents)].sum())
-        if used > self.config.document_tokens:
-            raise UserError(
-                f"data: pack {index} of '{self.split}': the positives of its {len(queries)} queries have {used} "
-                f"tokens, more than document_tokens {self.config.document_tokens}; lower queries_per_pack or raise it"
-            )
         for document in self._random_documents(rng, used):
             if document in documents or used + self.length[document] > self.config.document_tokens:
                 continue
@@ -193,29 +189,39 @@ class Packer:
         wanted = int(2 * (self.config.document_tokens - used) / self.length.mean()) + 8
         return list(dict.fromkeys(rng.integers(len(self.length), size=wanted).tolist()))
 
-    def _draw_permutation(self, epoch: int) -> NDArray[np.int64]:
-        return self._rng(0, epoch).permutation(self.queries)
+    def _stratify(self) -> NDArray[np.int64]:
+        """Rows of queries with alike needs, the neediest first: [Q, packs], -1 where the last row has none."""
+        self._check_documents()
+        need = np.array([self.length[self.positives[query]].sum() for query in self.queries.tolist()])
+        order = np.argsort(-need, kind="stable")
+        rows = self.config.queries_per_pack, self.packs_per_epoch
+        strata = np.full(rows[0] * rows[1], -1)
+        strata[: len(order)] = self.queries[order]
+        most = int(need[order[:: rows[1]]].sum())
+        if most > self.config.document_tokens:
+            raise UserError(
+                f"data: the positives of {rows[0]} queries of '{self.split}' may have {most} tokens (up to "
+                f"{need[order[0]]} a query), more than document_tokens {self.config.document_tokens}: "
+                "lower queries_per_pack or raise document_tokens"
+            )
+        return strata.reshape(rows)
+
+    def _deal_epoch(self, epoch: int) -> NDArray[np.int64]:
+        rng = self._rng(0, epoch)
+        return rng.permuted(self.strata, axis=1)
 
     def _rng(self, purpose: int, counter: int) -> np.random.Generator:
         key = np.array([self.config.seed, (self.stream << 1) | purpose], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
 
-    def _check_budget(self) -> None:
-        budget = self.config.document_tokens
-        longest = int(self.length.argmax())
+    def _check_documents(self) -> None:
+        budget, longest = self.config.document_tokens, int(self.length.argmax())
         if self.length[longest] > budget:
             over = int((self.length > budget).sum())
             raise UserError(
                 f"data: document '{self.data.corpus.document_ids[longest]}' has {self.length[longest]} tokens, more "
                 f"than document_tokens {budget} ({over} such); raise the budget or split the documents"
             )
-        for query in self.queries.tolist():
-            needed = int(self.length[self.positives[query]].sum())
-            if needed > budget:
-                raise UserError(
-                    f"data: the positives of query '{self.data.corpus.query_ids[query]}' have {needed} tokens, more "
-                    f"than document_tokens {budget}; raise the budget"
-                )
 
 
 class PackDataset(Dataset[MemoryPack]):
