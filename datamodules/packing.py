@@ -107,7 +107,9 @@ class Packer:
         self.relation: Qrels = data.corpus.split(split)
         self.positives: Qrels = data.corpus.positives()
         self.queries = np.array(sorted(self.relation))
-        self.length = np.array([len(tokens) for tokens in data.documents]) + protocol.wrapping(9_999)
+        bare = np.array([len(tokens) for tokens in data.documents])
+        most = config.document_tokens // int(bare.min() + protocol.wrapping(1)) + 1  # documents a pack can hold
+        self.length = bare + protocol.wrapping(most)
         self.stream = zlib.crc32(split.encode())
         self.strata = self._stratify()
         self._deal = lru_cache(maxsize=2)(self._deal_epoch)

@@ -1,0 +1,80 @@
+"""Retrieval scores against torchmetrics, and what tells a collapsed router from a healthy one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torchmetrics.functional import retrieval as theirs
+
+from msa_train.metrics import LossMeans, RoutingMetrics, rank_documents, retrieval_scores, selection_health
+
+
+def test_scores_equal_torchmetrics() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(40, 23)
+    positive = torch.rand(40, 23) < 0.15
+    positive[:, 4] = True
+    ours = retrieval_scores(scores, positive, k=9)
+    for row in range(40):
+        number = int(positive[row].sum())
+        for name, cutoff in (("recall@1", 1), ("recall@5", 5), ("recall@k", 9)):
+            recall = theirs.retrieval_recall(scores[row], positive[row], top_k=cutoff) * number / min(number, cutoff)
+            torch.testing.assert_close(ours[name][row], recall)
+        torch.testing.assert_close(ours["mrr"][row], theirs.retrieval_reciprocal_rank(scores[row], positive[row]))
+        torch.testing.assert_close(ours["ndcg"][row], theirs.retrieval_normalized_dcg(scores[row], positive[row].long()))
+
+
+def test_hand_worked_scores() -> None:
+    ours = retrieval_scores(torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[False, True, False]]), k=2)
+    assert ours["recall@1"].item() == 0 and ours["recall@k"].item() == 1 and ours["mrr"].item() == 0.5
+    assert math.isclose(ours["ndcg"].item(), 1 / math.log2(3), rel_tol=1e-6)
+
+
+def test_ties_rank_by_number() -> None:
+    assert rank_documents(torch.tensor([[0.2, 0.9, 0.2]])).tolist() == [[1, 0, 2]]
+
+
+def test_k_beyond_the_documents_is_allowed() -> None:
+    ours = retrieval_scores(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), k=16)
+    assert ours["recall@k"].tolist() == [1, 1] and ours["recall@5"].tolist() == [1, 1]
+
+
+def test_collapse_shows() -> None:
+    wanted = torch.eye(8, 20, dtype=torch.bool)
+    healthy = selection_health(torch.stack([torch.arange(8), torch.arange(8) + 8], 1), 20, wanted)
+    collapsed = selection_health(torch.tensor([[3, 5]] * 8), 20, wanted)
+    assert math.isclose(healthy["diversity"].item(), 1, rel_tol=1e-5) and healthy["hubness"].item() == 1 / 8
+    assert math.isclose(collapsed["diversity"].item(), 1 / 8, rel_tol=1e-5) and collapsed["hubness"].item() == 1
+    assert math.isclose(collapsed["coverage"].item(), 0.1, rel_tol=1e-6)
+    assert math.isclose(healthy["coverage"].item(), 0.8, rel_tol=1e-6)
+    assert collapsed["entropy"] < healthy["entropy"]
+
+
+def test_hand_worked_diversity() -> None:
+    """Best documents 0, 0, 0, 1 of 8 with four different positives."""
+    health = selection_health(torch.tensor([[0], [0], [0], [1]]), 8, torch.eye(4, 8, dtype=torch.bool))
+    effective = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert health["hubness"].item() == 0.75 and math.isclose(health["diversity"].item(), effective / 4, rel_tol=1e-5)
+
+
+def test_metric_weighs_queries_not_packs_and_skips_those_without_a_positive() -> None:
+    metric = RoutingMetrics((2, 3), k=2)
+    right = torch.tensor([[0.9, 0.1, 0.0]])
+    wrong = torch.tensor([[0.1, 0.9, 0.0]]).expand(3, 3)
+    for scores in (right, wrong):
+        positive = torch.zeros(scores.shape, dtype=torch.bool)
+        positive[:, 0] = True
+        selected = torch.zeros(2, len(scores), 1, dtype=torch.int64)
+        metric.update(scores.expand(2, -1, -1), selected, positive)
+    metric.update(right.expand(2, -1, -1), torch.zeros(2, 1, 1, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.bool))
+    values = metric.compute()
+    assert values["recall@1"].item() == 0.25 == values["layer_3/recall@1"].item()
+    assert set(name.rpartition("/")[0] for name in values) == {"", "layer_2", "layer_3"}
+
+
+def test_loss_mean_is_over_tokens_not_packs() -> None:
+    means = LossMeans()
+    means.update(torch.tensor(2.0), 1, torch.tensor(3.0), 1)
+    means.update(torch.tensor(4.0), 5, torch.tensor(0.0), 2)
+    assert means.compute()["lm"].item() == 1.0 and means.compute()["routing"].item() == 1.0
