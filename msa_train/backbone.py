@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from msa_train.errors import UserError
 
@@ -20,17 +20,22 @@ def open_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: It cannot be opened.
     """
-    random_weights = name.endswith(".json")
-    if random_weights and not Path(name).is_file():
+    if name.endswith(".json"):
+        return AutoModelForCausalLM.from_config(open_config(name), dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _cannot_open(name, error) from error
+
+
+def open_config(name: str) -> PreTrainedConfig:
+    """The backbone's config alone, from the same kinds of names; no weight is read."""
+    if name.endswith(".json") and not Path(name).is_file():
         raise UserError(f"model.backbone: no such file '{name}'")
     try:
-        if random_weights:
-            config = AutoConfig.from_pretrained(name)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"model.backbone: cannot open '{name}': {reason}") from error
+        raise _cannot_open(name, error) from error
 
 
 def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
@@ -42,3 +47,8 @@ def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
     if missing > 0:
         backbone.resize_token_embeddings(tokens)
     return max(missing, 0)
+
+
+def _cannot_open(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(f"model.backbone: cannot open '{name}': {reason}")

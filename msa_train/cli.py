@@ -7,10 +7,12 @@ shows the result. A run lives in `{runs}/{name}/`: config.yaml, TensorBoard even
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,25 +28,32 @@ from msa_train.loggers import ContinuedCSVLogger
 from msa_train.module import MemorySparseModule
 
 
+# jsonargparse explains a value that fits no type of a union by all the types that it is not
+NOISE = (
+    "Subtypes:", "Errors:", "Given value", "Does not validate", "Expected a path", "Expected a <class 'NoneType'>",
+    "Subclass types expect", "a class path", "a dict w", "Not a valid subclass",
+)  # fmt: skip
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line: what is wrong, where, and the nearest valid key."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # --trainer.max_step must not quietly mean max_steps
+        super().__init__(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the line and exits with code 2."""
+        """Raises the mistake as one line, where argparse would print a page and exit."""
         raise UserError(self._short(str(ex) if ex is not None else message))
 
     def _short(self, message: str) -> str:
-        own = [line.strip(" -") for line in message.splitlines() if line.strip()]
-        unknown = re.search(r"(?:Key|Option|Unrecognized arguments:|key) '?(?:--)?([\w.@]+)'?", message)
-        line = own[0] if own else "invalid arguments"
-        # the deepest line of a union's wall of reasons is the one that names the value
-        inner = [text for text in own[1:] if "Expected" in text or "expected" in text or "is " in text]
-        if inner and inner[-1] not in line:
-            line = f"{line} {inner[-1]}"
-        if unknown and any(word in message for word in ("not expected", "nrecognized", "not accepted", "No action for")):
-            near = self._nearest(unknown[1])
-            line = f"{line}{f'; did you mean {near}?' if near else ''}"
-        return line
+        lines = [line.strip(" -") for line in message.splitlines()]
+        told = [line for line in lines if line and not line.startswith(NOISE)]
+        text = " ".join(dict.fromkeys(told[:4])) or "invalid arguments"
+        unknown = re.search(r"(?:option '|arguments: --|Option '|Key ')([\w.]+)", text)
+        if unknown and "did you mean" not in text and (near := self._nearest(unknown[1])):
+            text += f"; did you mean {near}?"
+        return text
 
     def _nearest(self, key: str) -> str | None:
         known = {name for name in self.get_defaults(skip_validation=True).keys(branches=True)}
@@ -76,13 +85,10 @@ class MemoryCLI(LightningCLI):
         parser.link_arguments("model.routing_words", "data.init_args.routing_words")
 
     def before_instantiate_classes(self) -> None:
-        """Checks the run folder before anything is built."""
-        config = self.config[self.subcommand]
-        folder = Path(config.runs) / config.name
-        if config.trainer.max_steps == -1 and config.trainer.max_epochs is None:
-            config.trainer.max_steps = sum(phase.steps for phase in config.model.phases)
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:
-            _check_folder(folder, self.subcommand, config)
+        """Takes the run's length from its phases, unless it is given."""
+        trainer = self.config[self.subcommand].trainer
+        if trainer.max_steps == -1 and trainer.max_epochs is None:
+            trainer.max_steps = sum(phase.steps for phase in self.config[self.subcommand].model.phases)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that logs into the run folder."""
@@ -96,37 +102,69 @@ class MemoryCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Checks all that can be known, then makes room for the run, then runs."""
+        config = self.config[subcommand]
+        folder = Path(config.runs) / config.name
+        fresh = subcommand == "fit" and config.get("ckpt_path") is None and not config.trainer.fast_dev_run
+        first_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+        if fresh and first_rank:
+            _check_vacant(folder, config.overwrite)
+        checkpoint = _find_checkpoint(folder, config.get("ckpt_path"))
+        self.datamodule.prepare_data()
+        self.datamodule.setup()
+        tokenizer = getattr(self.datamodule, "tokenizer", None)
+        self.model.preflight(None if tokenizer is None else len(tokenizer), checkpoint)
+        if first_rank and hasattr(self.datamodule, "describe"):
+            print(f"msa-train: {folder}: {self.datamodule.describe()}")
+        if fresh and first_rank and folder.is_dir():
+            shutil.rmtree(folder)
+        super()._run_subcommand(subcommand)
+
+
 class SaveConfig(SaveConfigCallback):
     """Keeps config.yaml of what trains; testing a run leaves it alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Saves when fitting."""
-        if stage == "fit" and trainer.logger is not None and not getattr(trainer, "fast_dev_run", False):
+        if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 
 def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI:
     """The command line over `args` (sys.argv by default); `run=False` stops before the subcommand's work."""
     cli_class = MemoryCLI if run else _Instantiate
-    return cli_class(
-        MemorySparseModule,
-        L.LightningDataModule,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        parser_class=Parser,
-        parser_kwargs={"prog": "msa-train", "version": __version__, "description": __doc__},
-        trainer_defaults={"use_distributed_sampler": False, "check_val_every_n_epoch": None, "log_every_n_steps": 10},
-        seed_everything_default=0,
-        # the command line wins over what a checkpoint remembers, for files and folders alike
-        load_from_checkpoint_support=False,
-        args=list(args) if args is not None else None,
-    )
+    try:
+        return cli_class(
+            MemorySparseModule,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            parser_kwargs={"prog": "msa-train", "version": __version__, "description": __doc__},
+            trainer_defaults={
+                "use_distributed_sampler": False, "check_val_every_n_epoch": None, "log_every_n_steps": 10,
+            },
+            seed_everything_default=0,
+            # the command line wins over what a checkpoint remembers, for files and folders alike
+            load_from_checkpoint_support=False,
+            args=list(args) if args is not None else None,
+        )  # fmt: skip
+    except ValueError as error:
+        # jsonargparse wraps what a constructor says about its arguments
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, UserError):
+            inner = inner.__cause__
+        if inner is None or inner is error:
+            raise
+        raise inner from None
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     sys.path.insert(0, os.getcwd())  # configs may name classes of the folder that one works in
+    _quieten()
     try:
         build()
     except UserError as error:
@@ -139,20 +177,34 @@ class _Instantiate(MemoryCLI):
         """Nothing: the caller looks at what was built."""
 
 
-def _check_folder(folder: Path, subcommand: str, config: Any) -> None:
-    checkpoint = config.get("ckpt_path")
-    if checkpoint == "last" and not any(folder.glob("last*.ckpt")):
-        raise UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
-    if checkpoint not in (None, "last", "best", "hpc") and not Path(checkpoint).exists():
-        raise UserError(f"--ckpt_path: no such checkpoint '{checkpoint}'")
-    if subcommand != "fit" or checkpoint is not None or config.trainer.fast_dev_run:
+def _check_vacant(folder: Path, overwrite: bool) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        if not config.overwrite:
-            raise UserError(
-                f"{folder} holds a run already: --ckpt_path last goes on with it, --name gives another folder, "
-                "--overwrite true deletes it"
-            )
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is no run of msa-train (no config.yaml), so --overwrite leaves it alone")
-        shutil.rmtree(folder)
+    if not overwrite:
+        raise UserError(
+            f"{folder} holds a run already: --ckpt_path last goes on with it, --name gives another folder, "
+            "--overwrite true deletes it"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run of msa-train (no config.yaml), so --overwrite leaves it alone")
+
+
+def _find_checkpoint(folder: Path, asked: str | None) -> Path | None:
+    if asked == "last":
+        found = max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+        if found is None:
+            raise UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
+        return found
+    if asked is None or asked in ("best", "hpc"):
+        return None
+    if not Path(asked).exists():
+        raise UserError(f"--ckpt_path: no such checkpoint '{asked}'")
+    return Path(asked)
+
+
+def _quieten() -> None:
+    """Keeps other libraries' advertisements and notes to their own developers off the user's terminal."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

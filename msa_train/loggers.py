@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,19 +21,32 @@ class ContinuedCSVLogger(CSVLogger):
 
     def __init__(self, run_folder: str) -> None:
         super().__init__(save_dir=run_folder, name="", version="", flush_logs_every_n_steps=1)
+        self._earlier: list[dict[str, Any]] = []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer, which deletes the file when it is made: so the rows are taken before."""
+        if self._experiment is None:
+            self._earlier = self._read()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Experiment logs directory")
+                self._experiment = super().experiment
+        return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Writes a row."""
-        if self._experiment is None:
-            earlier = self._rows_before(step or 0)
-            self.experiment.metrics = earlier
+        """Writes a row; before the first one, the rows of the steps before it."""
+        writer = self.experiment
+        if self._earlier:
+            writer.metrics = [row for row in self._earlier if step is None or row["step"] < step]
+            self._earlier = []
         super().log_metrics(metrics, step)
 
-    def _rows_before(self, step: int) -> list[dict[str, Any]]:
+    def _read(self) -> list[dict[str, Any]]:
         file = Path(self.log_dir) / "metrics.csv"
         if not file.is_file():
             return []
         with file.open(newline="") as handle:
-            rows = [row for row in csv.DictReader(handle) if row.get("step", "").isdigit()]
-        return [{**row, "step": int(row["step"])} for row in rows if int(row["step"]) < step]
+            rows = [row for row in csv.DictReader(handle) if (row.get("step") or "").isdigit()]
+        return [{**{k: v for k, v in row.items() if v}, "step": int(row["step"])} for row in rows]

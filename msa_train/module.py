@@ -10,6 +10,7 @@ held-out queries, routed over their whole pack.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,9 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM
 
-from msa_train.backbone import fit_vocabulary, open_backbone
+from msa_train.backbone import fit_vocabulary, open_backbone, open_config
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.kernels.varlen import Backend
@@ -84,6 +86,26 @@ class MemorySparseModule(L.LightningModule):
         self._skipped: Tensor | None = None
 
     # --- building -----------------------------------------------------------------------------------------------
+
+    def preflight(self, tokens: int | None, checkpoint: Path | None) -> None:
+        """Builds the model on no device and holds it against the weights to be loaded: an error here costs nothing.
+
+        Args:
+            tokens: Size of the tokenizer, if there is one.
+            checkpoint: Checkpoint to resume from; `init_from` is looked at otherwise.
+
+        Raises:
+            UserError: The backbone cannot be opened or routed, or the checkpoint is of another architecture.
+        """
+        config = open_config(self.backbone_name)
+        if tokens is not None:
+            config.vocab_size = max(config.vocab_size, tokens)
+        with torch.device("meta"):
+            model = MemorySparseModel(AutoModelForCausalLM.from_config(config), self.msa)
+        source = checkpoint or (Path(self.init_from) if self.init_from else None)
+        if source is not None and source.is_file():
+            ours = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+            check_architecture(ours, _read_checkpoint(source), str(source))
 
     def configure_model(self) -> None:
         """Opens the backbone and attaches routers, once."""
@@ -254,31 +276,10 @@ class MemorySparseModule(L.LightningModule):
         """Adds what identifies the architecture."""
         checkpoint["msa_train"] = {"routed_layers": list(self.net.routed_layers), "chunk_size": self.msa.chunk_size}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the weights of another architecture before anything is overwritten."""
-        self._check_architecture(checkpoint, "--ckpt_path")
-
     def _load_weights(self, path: str) -> None:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        self._check_architecture(checkpoint, f"model.init_from '{path}'")
+        checkpoint = _read_checkpoint(Path(path))
+        check_architecture(self.state_dict(), checkpoint, path)
         self.load_state_dict(checkpoint["state_dict"])
-
-    def _check_architecture(self, checkpoint: dict[str, Any], place: str) -> None:
-        theirs = checkpoint.get("state_dict")
-        if theirs is None:
-            raise UserError(f"{place}: not a checkpoint of this project (no state_dict)")
-        ours = self.state_dict()
-        for name, weight in ours.items():
-            if name not in theirs:
-                raise UserError(f"{place}: another architecture: it has no '{name}'")
-            if theirs[name].shape != weight.shape:
-                raise UserError(
-                    f"{place}: another architecture: '{name}' is {tuple(theirs[name].shape)} there, "
-                    f"{tuple(weight.shape)} here"
-                )
-        extra = next((name for name in theirs if name not in ours), None)
-        if extra is not None:
-            raise UserError(f"{place}: another architecture: it has '{extra}', which this model lacks")
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
@@ -306,6 +307,36 @@ class MemorySparseModule(L.LightningModule):
     def _splits(self) -> tuple[str, ...]:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return tuple(getattr(data, "val_splits", ("test",)))
+
+
+def check_architecture(ours: dict[str, Tensor], checkpoint: dict[str, Any], place: str) -> None:
+    """Holds a checkpoint's names and shapes against a model's.
+
+    Raises:
+        UserError: They differ; the first difference is named.
+    """
+    theirs = checkpoint["state_dict"]
+    for name, weight in ours.items():
+        if name not in theirs:
+            raise UserError(f"{place}: another architecture: it has no '{name}'")
+        if theirs[name].shape != weight.shape:
+            raise UserError(
+                f"{place}: another architecture: '{name}' is {tuple(theirs[name].shape)} there, "
+                f"{tuple(weight.shape)} here"
+            )
+    extra = next((name for name in theirs if name not in ours), None)
+    if extra is not None:
+        raise UserError(f"{place}: another architecture: it has '{extra}', which this model lacks")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().partition(chr(10))[0]})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this project (no state_dict)")
+    return checkpoint
 
 
 def parameter_groups(model: MemorySparseModel, weight_decay: float) -> list[dict[str, Any]]:
