@@ -139,9 +139,7 @@ def evaluate_lengths(
                 bm25.append(retrieval_scores(texts.bm25(pack.query_ids, ids), positive, k)["recall@1"])
             tokens = int(starts[0].documents.tokens_T.numel() + (ends[added - 1] if added else 0))
             results.append(
-                LengthResult(
-                    factor, len(starts[0].document_ids) + added, tokens, torch.cat(recall), torch.cat(bm25)
-                )
+                LengthResult(factor, len(starts[0].document_ids) + added, tokens, torch.cat(recall), torch.cat(bm25))
             )
     return results
 
@@ -171,9 +169,7 @@ class _Texts:
     def bm25(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> Tensor:
         """BM25 scores [Q, D], with bm25s' own tokenizer and defaults."""
         documents = bm25s.tokenize([self._documents[name] for name in document_ids], show_progress=False)
-        queries = bm25s.tokenize(
-            [self._queries[name] for name in query_ids], show_progress=False, return_ids=False
-        )
+        queries = bm25s.tokenize([self._queries[name] for name in query_ids], show_progress=False, return_ids=False)
         index = bm25s.BM25()
         index.index(documents, show_progress=False)
         return torch.from_numpy(np.stack([index.get_scores(words) for words in queries]))

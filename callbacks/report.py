@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import matplotlib
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -74,12 +75,11 @@ class BeforeAfterReport(L.Callback):
         figure = draw(report)
         figure.savefig(folder / "report.png", dpi=120)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_figure"):
-                logger.experiment.add_figure("extrapolation/curve", figure, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                board = logger.experiment
+                board.add_figure("extrapolation/curve", figure, trainer.global_step)
                 for row in report["lengths"]:
-                    logger.experiment.add_scalar(
-                        f"extrapolation/recall@1/{row['factor']}x", row["recall@1"], trainer.global_step
-                    )
+                    board.add_scalar(f"extrapolation/recall@1/{row['factor']}x", row["recall@1"], trainer.global_step)
         print_report(report, folder)
 
     def _evaluate(
@@ -129,9 +129,9 @@ class BeforeAfterReport(L.Callback):
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """The tables of a report, and where its files are."""
     console = Console()
-    table = Table(title="Held-out queries, routed over their whole pack")
-    for name in ("split", "documents", "queries", "random r@1", "BM25 r@1", "untrained r@1", "trained r@1", "MRR", "LM"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    table = Table(title="Held-out queries, routed over their whole pack: recall@1")
+    for name in ("split", "docs", "queries", "random", "BM25", "untrained", "trained", "LM loss"):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for split, row in report["splits"].items():
         before, after = row["before"], row["after"]
         table.add_row(
@@ -142,13 +142,12 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
             f"{row['bm25']['recall@1']:.3f}",
             f"{before['routing']['recall@1']:.3f}",
             f"[bold]{after['routing']['recall@1']:.3f}[/bold]",
-            f"{after['routing']['mrr']:.3f}",
-            f"{before['lm']:.2f} -> {after['lm']:.2f}",
+            f"{before['lm']:.2f} to {after['lm']:.2f}",
         )
     console.print(table)
-    table = Table(title=f"Recall@1 over longer memories ({report['length_split']}, 95% bootstrap interval)")
+    table = Table(title=f"Beyond the trained length: recall@1 of {report['length_split']}, 95% bootstrap interval")
     for name in ("memory", "documents", "tokens", "router", "BM25", "n"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report["lengths"]:
         low, high = row["interval"]
         table.add_row(
@@ -160,8 +159,9 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
             str(row["queries"]),
         )
     console.print(table)
-    console.print(f"figure: {folder / 'report.png'}    numbers: {folder / 'report.json'}")
-    console.print(f"TensorBoard: tensorboard --logdir {folder}")
+    for what, place in (("figure", "report.png"), ("numbers", "report.json")):
+        console.print(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
+    console.print(f"{'TensorBoard':<12}tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
 
 
 def draw(report: dict[str, Any]) -> Any:

@@ -36,7 +36,8 @@ class Throughput(L.Callback):
         self.tokens += batch.tokens
         self.queries += batch.queries
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.global_step % trainer.log_every_n_steps or self.started is None:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not (stepped and every) or trainer.global_step % every or self.started is None:
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()  # at the logging interval only, where the values are read anyway

@@ -110,7 +110,8 @@ class PackedMemory(L.LightningDataModule):
         self.protocol = Protocol(tokenizer, self.routing_words)
         self.data = TokenizedCorpus.of(corpus, self.protocol)
         self.packers = {
-            split: Packer(self.data, self.protocol, split, self.packing) for split in (self.train_split, *self.val_splits)
+            split: Packer(self.data, self.protocol, split, self.packing)
+            for split in (self.train_split, *self.val_splits)
         }
 
     @property

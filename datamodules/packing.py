@@ -2,10 +2,10 @@
 
 An epoch deals its queries to packs like cards: sorted by the tokens of their positives into Q strata, one of each
 stratum to every pack, in an order drawn per epoch. So packs are alike in size, and whether all of them fit is known
-before training. To the queries' positives come random documents until the token budget is met. The invariant: a document that is known to answer any query of the pack is in
-the pack as that query's positive or not at all, so no known positive is ever counted as a negative; and every query
-comes once an epoch. Nothing is remembered between packs, so a resumed run, another number of ranks or of workers
-reads the same packs.
+before training. To the queries' positives come random documents until the token budget is met. The invariant: a
+document that is known to answer any query of the pack is in the pack as that query's positive or not at all, so no
+known positive is ever counted as a negative; and every query comes once an epoch. Nothing is remembered between
+packs, so a resumed run, another number of ranks or of workers reads the same packs.
 """
 
 from __future__ import annotations

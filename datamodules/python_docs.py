@@ -29,9 +29,9 @@ from rich.progress import track
 
 VERSION = 1  # part of the cache's name: raise it when the text of a document changes
 PACKAGES = (
-    "torch", "transformers", "lightning", "numpy", "datasets", "torchmetrics", "matplotlib", "pandas", "huggingface_hub",
-    "fsspec", "rich", "safetensors", "jsonargparse", "bm25s", "tokenizers", "PIL", "pyarrow", "networkx", "sympy",
-    "aiohttp", "httpx", "jinja2", "yaml", "tensorboard", "packaging", "setuptools", "pip",
+    "torch", "transformers", "lightning", "numpy", "datasets", "torchmetrics", "matplotlib", "pandas",
+    "huggingface_hub", "fsspec", "rich", "safetensors", "jsonargparse", "bm25s", "tokenizers", "PIL", "pyarrow",
+    "networkx", "sympy", "aiohttp", "httpx", "jinja2", "yaml", "tensorboard", "packaging", "setuptools", "pip",
 )  # fmt: skip
 WORDS = (8, 60)  # of a docstring: shorter ones say nothing, longer ones are cut
 PER_PACKAGE = 2500  # documents: a package larger than this would drown the others
@@ -87,8 +87,9 @@ def build_python_docs() -> Path:
 def parse_module(source: str, module: str) -> Iterator[Entry]:
     """Documented public objects of a module's source text; nothing if it does not parse.
 
-    >>> next(parse_module("def add(a, b=1):\\n    '''Adds two numbers. Both may be of any type that has a sum.'''", "m"))
-    Entry(name='m.add', signature='m.add(a, b=1)', summary='Adds two numbers.', rest='Both may be of any type that has a sum.')
+    >>> entry = next(parse_module("def add(a, b=1):\\n  'Adds two numbers. Both may be of any type that adds.'", "m"))
+    >>> entry.signature, entry.summary, entry.rest
+    ('m.add(a, b=1)', 'Adds two numbers.', 'Both may be of any type that adds.')
     """
     try:
         with warnings.catch_warnings():
@@ -153,7 +154,7 @@ def _python_files(root: Path, prefix: str) -> Iterator[tuple[Path, str]]:
         folders[:] = sorted(name for name in folders if name not in SKIPPED and name.isidentifier())
         parts = Path(folder).relative_to(root).parts
         for name in sorted(names):
-            if name.endswith(".py") and not name.startswith("_") or name == "__init__.py":
+            if (name.endswith(".py") and not name.startswith("_")) or name == "__init__.py":
                 tail = () if name == "__init__.py" else (name[:-3],)
                 module = ".".join(filter(None, (prefix, *parts, *tail)))
                 if module and not any(part.startswith("_") for part in module.split(".")):
@@ -180,9 +181,7 @@ def _write(entries: list[Entry], folder: Path) -> None:
     for entry in entries:
         by_summary = len(entry.rest.split()) >= WORDS[0] and _digest(entry.name + "?") % 3 == 0
         body = entry.rest if by_summary else f"{entry.summary} {entry.rest}".strip()
-        question, answer = (
-            (entry.summary, entry.name) if by_summary else (f"What does {entry.name} do?", entry.summary)
-        )
+        question, answer = (entry.summary, entry.name) if by_summary else (f"What does {entry.name} do?", entry.summary)
         corpus.append({"_id": entry.name, "title": entry.signature, "text": body})
         queries.append({"_id": f"q:{entry.name}", "text": question, "answers": [answer]})
         split = ("by_summary" if by_summary else "by_name") if entry.package in held_out else "train"

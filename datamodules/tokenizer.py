@@ -34,7 +34,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `texts`, trained once and kept under `cache`. Digits stand alone, so that `[12]` is 4 tokens."""
+    """A byte-level BPE of `texts`, trained once and kept under `cache`. Digits stand alone: `[12]` is 4 tokens."""
     digest = hashlib.sha256(repr((vocab_size, len(texts))).encode())
     for text in texts:
         digest.update(text.encode())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msa_train.kernels.varlen import Backend, Sequences, varlen_attention
 from msa_train.pack import ChunkLayout, Contexts, Documents, TensorFields
@@ -83,8 +83,8 @@ class MemorySparseAttention:
         backend: Attention back end.
     """
 
-    def __init__(self, attention: nn.Module, top_k: int, backend: Backend = "auto") -> None:
-        self.modules: Any = attention
+    def __init__(self, attention: Any, top_k: int, backend: Backend = "auto") -> None:
+        self.modules = attention
         self.width: int = self.modules.head_dim
         self.heads: int = self.modules.q_proj.out_features // self.width
         self.groups: int = self.modules.k_proj.out_features // self.width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -43,7 +44,8 @@ def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
 
     New rows start at the mean of the old ones, which is Hugging Face's way.
     """
-    missing = tokens - backbone.get_input_embeddings().weight.shape[0]
+    embeddings: Any = backbone.get_input_embeddings()
+    missing = tokens - int(embeddings.weight.shape[0])
     if missing > 0:
         backbone.resize_token_embeddings(tokens)
     return max(missing, 0)

@@ -27,7 +27,6 @@ from msa_train.errors import UserError
 from msa_train.loggers import ContinuedCSVLogger
 from msa_train.module import MemorySparseModule
 
-
 # jsonargparse explains a value that fits no type of a union by all the types that it is not
 NOISE = (
     "Subtypes:", "Errors:", "Given value", "Does not validate", "Expected a path", "Expected a <class 'NoneType'>",
@@ -100,7 +99,6 @@ class MemoryCLI(LightningCLI):
                 ContinuedCSVLogger(folder),
             ]
         return super().instantiate_trainer(**kwargs)
-
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Checks all that can be known, then makes room for the run, then runs."""

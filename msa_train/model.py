@@ -263,9 +263,7 @@ def _attach_routers(attention: Any, config: MSAConfig) -> None:
     query, key = (router_projector(attention.k_proj.in_features, size) for size in outputs)
     query.to(device=weight.device, dtype=weight.dtype)
     key.to(device=weight.device, dtype=weight.dtype)
-    init_routers(
-        query, key, outputs[0] // attention.head_dim, outputs[1] // attention.head_dim, config.router_init
-    )
+    init_routers(query, key, outputs[0] // attention.head_dim, outputs[1] // attention.head_dim, config.router_init)
     attention.router_q_proj, attention.router_k_proj = query, key
 
 

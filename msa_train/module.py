@@ -112,7 +112,7 @@ class MemorySparseModule(L.LightningModule):
         if self.model is not None:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # routers and new embeddings alike on all ranks, whatever was drawn before
+            torch.manual_seed(torch.initial_seed())  # alike on all ranks, whatever was drawn since seed_everything
             backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
             tokenizer = self._tokenizer()
             if tokenizer is not None:
@@ -120,8 +120,8 @@ class MemorySparseModule(L.LightningModule):
             self.model = MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
         layers, k = self.model.routed_layers, self.msa.top_k
         splits = self._splits()
-        self.held_out = torch.nn.ModuleList([RoutingMetrics(layers, k) for _ in splits])
-        self.held_out_loss = torch.nn.ModuleList([LossMeans() for _ in splits])
+        self.held_out: Any = torch.nn.ModuleList([RoutingMetrics(layers, k) for _ in splits])
+        self.held_out_loss: Any = torch.nn.ModuleList([LossMeans() for _ in splits])
         self.training_routing = RoutingMetrics(layers, k)
         self.training_loss = LossMeans()
         if all(phase.trainable == "routers" for phase in self.timeline.phases):
@@ -183,7 +183,9 @@ class MemorySparseModule(L.LightningModule):
         lm = global_mean(lm_sum, pack.step_labels, world, accumulated)
         routing = global_mean(routing_sum, pack.step_queries, world, accumulated)
         total = phase.lm_weight * lm + phase.routing_weight * routing
-        self.training_loss.update(lm_sum.detach(), len(pack.contexts.label_target_N), routing_sum.detach(), pack.queries)
+        self.training_loss.update(
+            lm_sum.detach(), len(pack.contexts.label_target_N), routing_sum.detach(), pack.queries
+        )
         self.training_routing.update(output.doc_score_LQD.detach(), output.selected_LQK, pack.positive_QD)
         return total
 
@@ -205,7 +207,8 @@ class MemorySparseModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: MemoryPack, batch_idx: int) -> None:
         """Reads the running training metrics at the logging interval."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if stepped and self.global_step % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every and self.global_step % every == 0:
             number, phase, within = self.timeline.at(self.global_step - 1)
             loss, values = self.training_loss.compute(), self.training_routing.compute()
             self.training_loss.reset()

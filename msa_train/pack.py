@@ -178,7 +178,8 @@ class Contexts(TensorFields):
     def build(head: Sequence[int], contexts: Sequence[Context]) -> Contexts:
         """Lays out contexts behind their template head.
 
-        >>> c = Contexts.build([1, 2], [Context([5, 6, 7], [False, False, True], (0, 2)), Context([8], [False], (0, 1))])
+        >>> answered = Context([5, 6, 7], labelled=[False, False, True], routing=(0, 2))
+        >>> c = Contexts.build([1, 2], [answered, Context([8], [False], (0, 1))])
         >>> c.offsets_Q.tolist(), c.position_A.tolist(), c.routing_index_QS.tolist()
         ([0, 2, 5, 6], [0, 1, 2, 3, 4, 2], [[2, 3], [5, 5]])
         >>> c.label_index_N.tolist(), c.label_target_N.tolist()

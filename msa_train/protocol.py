@@ -4,7 +4,8 @@ It is the published one, so that weights can be exchanged with the published 4B 
 
     document i     <|im_start|>[i]. {text}[i]<|im_end|>
     template head  <|im_start|>user\\n
-    query          \\nPlease answer ... information\\n\\n{question}\\nPlease return ... question\\n<|im_end|>\\n<|im_start|>
+    query          \\nPlease answer ... information\\n\\n{question}\\nPlease return ... question\\n
+                   <|im_end|>\\n<|im_start|>
     retrieval      [4]<|object_ref_end|>                        (labelled)
     injection      [4]. {text}\\n<|object_ref_end|>              (the original text; context, not label)
     end            <End-of-Retrieve>                            (labelled)
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -80,7 +81,7 @@ class Protocol:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, routing_words: RoutingWords = "question") -> None:
-        ids = [tokenizer.convert_tokens_to_ids(token) for token in CONTROL]
+        ids: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in CONTROL]
         missing = [t for t, i in zip(CONTROL, ids, strict=True) if i is None or i == tokenizer.unk_token_id]
         if missing:
             raise UserError(
@@ -122,11 +123,11 @@ class Protocol:
     def labels(self, numbers: Sequence[int], answer: int | None) -> int:
         """Labelled tokens of a context that names these documents and has an answer of this many tokens."""
         steps = sum(len(self._number(number)) for number in numbers) + 1
-        return steps if answer is None else steps + len(self._fixed[STOP]) + len(self._fixed[ANSWER.rstrip()]) + answer + 1
+        return (
+            steps if answer is None else steps + len(self._fixed[STOP]) + len(self._fixed[ANSWER.rstrip()]) + answer + 1
+        )
 
-    def context(
-        self, question: Sequence[int], gold: Sequence[Source], answer: Sequence[int] | None = None
-    ) -> Context:
+    def context(self, question: Sequence[int], gold: Sequence[Source], answer: Sequence[int] | None = None) -> Context:
         """One active context: the question, its documents' numbers and, with an answer, their text and the answer.
 
         Args:

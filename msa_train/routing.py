@@ -9,8 +9,8 @@ per head, add up the query heads of each group, and
 so routing is MaxSim (late interaction) over vectors of width R = G * W, and no [heads, tokens, chunks] tensor exists.
 The invariant: scores are float32 whatever the model's precision, for a tie in bf16 is not a tie of the model.
 
-Shapes: Q queries, S routing tokens of the longest query, X routing tokens of all, C chunks, D documents, K selected documents, M model width,
-H query heads, G key heads, W head width, R = G * W.
+Shapes: Q queries, S routing tokens of the longest query, X routing tokens of all, C chunks, D documents,
+K selected documents, M model width, H query heads, G key heads, W head width, R = G * W.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msa_train.pack import ChunkLayout
 
 
 def router_projector(width: int, outputs: int) -> nn.Sequential:
-    """A router projector: one linear map without bias, norm or RoPE, under the published state-dict name `.0.weight`."""
+    """A router projector: one linear map without bias, norm or RoPE, published as `.0.weight`."""
     return nn.Sequential(nn.Linear(width, outputs, bias=False))
 
 
@@ -42,7 +42,7 @@ def init_routers(query: nn.Sequential, key: nn.Sequential, heads: int, groups: i
         groups: G.
         init: `aligned` or `random`.
     """
-    query_weight, key_weight = query[0].weight, key[0].weight
+    query_weight, key_weight = query.get_parameter("0.weight"), key.get_parameter("0.weight")
     std = key_weight.shape[1] ** -0.5
     nn.init.normal_(key_weight, std=std)
     if init == "random":
@@ -64,9 +64,7 @@ def routing_key(projected_CGW: Tensor) -> Tensor:
     return F.normalize(projected_CGW.float(), dim=-1).flatten(1)
 
 
-def document_scores(
-    query_XR: Tensor, index_QS: Tensor, key_CR: Tensor, chunks: ChunkLayout, heads: int
-) -> Tensor:
+def document_scores(query_XR: Tensor, index_QS: Tensor, key_CR: Tensor, chunks: ChunkLayout, heads: int) -> Tensor:
     """MaxSim per document.
 
     With two tokens scoring chunks (.1, .5, .2) and (.3, .4, -.9), chunks 0-1 of document 0 and chunk 2 of document 1:

@@ -33,7 +33,11 @@ def test_help_and_print_config_teach(tiny_run: Arguments, tmp_path: Path, capsys
     with pytest.raises(SystemExit) as end:
         run(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and "Tokens mean-pooled into one latent" in text and "Token budget" not in text.partition("model")[0]
+    assert (
+        end.value.code == 0
+        and "Tokens mean-pooled into one latent" in text
+        and "Token budget" not in text.partition("model")[0]
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -111,7 +115,9 @@ def test_checkpoint_of_another_architecture_names_the_first_mismatch(tiny_run: A
     changed = {"model.backbone": wider, "name": "other"}
     last = tmp_path / "tiny" / "last.ckpt"
     for way in ("model.init_from", "ckpt_path"):
-        with pytest.raises(UserError, match=r"another architecture: '.*gate_proj.weight' is \(48, 32\) there, \(64, 32\)"):
+        with pytest.raises(
+            UserError, match=r"another architecture: '.*gate_proj.weight' is \(48, 32\) there, \(64, 32\)"
+        ):
             run(tiny_run(tmp_path, steps=1, **changed, **{way: last}))
         assert not (tmp_path / "other" / "last.ckpt").exists()
 
@@ -131,9 +137,7 @@ def test_init_from_starts_anew_with_other_weights(tiny_run: Arguments, tmp_path:
         torch.testing.assert_close(weight, start["state_dict"][name])
 
 
-def test_validate_test_and_predict(
-    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_test_and_predict(tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny_run(tmp_path, steps=2))
     for command in ("validate", "test"):
         found = run([*tiny_run(tmp_path, steps=2), "--ckpt_path=last", "--trainer.limit_val_batches=1.0"], command)

@@ -22,7 +22,9 @@ def test_scores_equal_torchmetrics() -> None:
             recall = theirs.retrieval_recall(scores[row], positive[row], top_k=cutoff) * number / min(number, cutoff)
             torch.testing.assert_close(ours[name][row], recall)
         torch.testing.assert_close(ours["mrr"][row], theirs.retrieval_reciprocal_rank(scores[row], positive[row]))
-        torch.testing.assert_close(ours["ndcg"][row], theirs.retrieval_normalized_dcg(scores[row], positive[row].long()))
+        torch.testing.assert_close(
+            ours["ndcg"][row], theirs.retrieval_normalized_dcg(scores[row], positive[row].long())
+        )
 
 
 def test_hand_worked_scores() -> None:

@@ -135,7 +135,9 @@ def test_documents_that_are_not_selected_do_not_move_a_query() -> None:
             torch.testing.assert_close(before.hidden_AM, after.hidden_AM, atol=1e-5, rtol=1e-4)
         used = before.selected_LQK[0, 0, 0]
         texts[used] = texts[used][::-1] + [11]
-        assert not torch.allclose(before.hidden_AM, model.read(pack.contexts, model.encode(Documents.build(texts, 4))).hidden_AM)
+        assert not torch.allclose(
+            before.hidden_AM, model.read(pack.contexts, model.encode(Documents.build(texts, 4))).hidden_AM
+        )
 
 
 def test_order_of_documents_does_not_matter() -> None:

@@ -61,9 +61,7 @@ class Recorded:
         body = Context(context[3:], [False] * (len(context) - 3), (routing[0] - 3, routing[-1] - 2))
         contexts = Contexts.build(context[:3], [body])
         document_rows, context_rows = torch.cat(by_document), torch.tensor(context)
-        out, memory = self.layer.encode(
-            self.hidden[sample][document_rows], self.rope(sample, document_rows), documents
-        )
+        out, memory = self.layer.encode(self.hidden[sample][document_rows], self.rope(sample, document_rows), documents)
         read, reading = self.layer.read(
             self.hidden[sample][context_rows], self.rope(sample, context_rows), contexts, memory, documents.chunks
         )

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from msa_train.config import MSAConfig
 from msa_train.pack import ChunkLayout
-from msa_train.routing import document_scores, init_routers, router_projector, routing_key, routing_query, select_documents
+from msa_train.routing import (
+    document_scores,
+    init_routers,
+    router_projector,
+    routing_key,
+    routing_query,
+    select_documents,
+)
 
 HEADS, GROUPS, WIDTH = 6, 2, 5
 

@@ -105,7 +105,7 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequence
     from torch.nn.attention.varlen import varlen_attn
 
     options = _torch_varlen_options(query.shape[1] != key.shape[1])
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -116,6 +116,8 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequence
         scale=scale,
         **options,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _flash_attn(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
@@ -150,7 +152,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale
     reach = torch.arange(keys.width, device=query.device) - (keys.width - 1)
     last = torch.arange(places.width, device=query.device) - (places.width - 1)
     allowed_BQN = keys.real_BX[:, None, :] & (reach[None, :] <= last[:, None])
-    allowed_BQN = allowed_BQN | ~places.real_BX[:, :, None]  # a padded query sees all, for a softmax over nothing is NaN
+    allowed_BQN = (
+        allowed_BQN | ~places.real_BX[:, :, None]
+    )  # a padded query sees all, for a softmax over nothing is NaN
     out = F.scaled_dot_product_attention(
         query_BHQW, keys.pad(key), keys.pad(value), attn_mask=allowed_BQN[:, None], scale=scale, enable_gqa=True
     )

@@ -31,9 +31,7 @@ def data(protocol: Protocol, corpus_folder: Path) -> TokenizedCorpus:
     """The animals, but query 0 has three positives and documents 7 and 8 answer each other's queries too."""
     corpus = read_beir(corpus_folder)
     train = {**corpus.qrels["train"], 0: [0, 1, 2], 7: [7, 8], 8: [7, 8]}
-    return TokenizedCorpus.of(
-        Corpus(**{**vars(corpus), "qrels": {**corpus.qrels, "train": train}}), protocol
-    )
+    return TokenizedCorpus.of(Corpus(**{**vars(corpus), "qrels": {**corpus.qrels, "train": train}}), protocol)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +98,12 @@ def test_targets_name_the_positives_and_stay_in_their_context(packer: Packer, pr
         numbers = "".join(f"[{place + 1}]" for place in pack.positive_QD[query].nonzero().flatten().tolist())
         text = protocol.tokenizer.decode(contexts.label_target_N[rows].tolist())
         assert text.startswith(numbers + "<|object_ref_end|>")
-    assert sum("The answer" in protocol.tokenizer.decode(contexts.tokens_A.tolist()[a:b]) for a, b in zip(
-        contexts.offsets_Q.tolist()[1:], contexts.offsets_Q.tolist()[2:], strict=False)) == round(0.5 * pack.queries)  # fmt: skip
+    offsets, ids = contexts.offsets_Q.tolist()[1:], contexts.tokens_A.tolist()
+    bodies = [protocol.tokenizer.decode(ids[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert sum("The answer" in body for body in bodies) == round(0.5 * pack.queries)
 
 
-def test_a_pack_is_a_pure_function_of_seed_and_index(
-    packer: Packer, data: TokenizedCorpus, protocol: Protocol
-) -> None:
+def test_a_pack_is_a_pure_function_of_seed_and_index(packer: Packer, data: TokenizedCorpus, protocol: Protocol) -> None:
     again = Packer(data, protocol, "train", CONFIG)
     other = Packer(data, protocol, "train", replace(CONFIG, seed=4))
     for index in (17, 3, 17, 0):

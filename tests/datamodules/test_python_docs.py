@@ -39,9 +39,7 @@ def test_what_does_not_parse_is_left_out() -> None:
     assert list(python_docs.parse_module("def broken(:", "m")) == []
 
 
-def test_folder_is_a_beir_corpus_with_held_out_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_is_a_beir_corpus_with_held_out_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small made-up installation."""
     for package in range(30):
         for number in range(8):
