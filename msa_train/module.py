@@ -139,8 +139,7 @@ class MemorySparseModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over named groups, each weight in exactly one; rates come from the phases."""
         groups = parameter_groups(self.net, self.weight_decay)
-        # fused: it skips a step when told to by a device flag, without the host looking (see on_before_optimizer_step)
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=self.betas, fused=True)
+        optimizer = SkippingAdamW(groups, lr=1.0, betas=self.betas, fused=True)
 
         def rate(name: str) -> Any:
             kind: Group = "routers" if name.startswith("routers") else "backbone"
@@ -196,9 +195,7 @@ class MemorySparseModule(L.LightningModule):
             return
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~torch.isfinite(norm)).float()
-        # AdamW's fused kernels leave weights, moments and step untouched where this flag is set
         optimizer.found_inf = broken  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
         assert self._skipped is not None
         self._skipped += broken
         self.log("train/grad_norm", norm, batch_size=1)
@@ -310,6 +307,15 @@ class MemorySparseModule(L.LightningModule):
     def _splits(self) -> tuple[str, ...]:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return tuple(getattr(data, "val_splits", ("test",)))
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused kernels leave weights, moments and step as they are where `found_inf` is 1: on the device,
+    without the host looking."""
+
+    grad_scale = None
+    # Lightning takes a fused optimiser for one that unscales float16 gradients itself, and then refuses to clip
+    _step_supports_amp_scaling = property(lambda self: False, lambda self, value: None)
 
 
 def check_architecture(ours: dict[str, Tensor], checkpoint: dict[str, Any], place: str) -> None:

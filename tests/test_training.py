@@ -36,11 +36,15 @@ def losses(folder: Path, column: str = "loss/total") -> dict[int, str]:
 
 def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own, on one thread: sums come in one order."""
-    command = [sys.executable, "-c", "from msa_train.cli import main; main()", "fit", *arguments]
     script = Path(arguments[0].partition("=")[2]).parent / "run.py"
     script.write_text("import sys\nsys.path.insert(0, '.')\nfrom msa_train.cli import main\nmain()\n")
     command = [sys.executable, str(script), "fit", *arguments]
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    given = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+        **environment,
+    }
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
 
 

@@ -72,6 +72,8 @@ def varlen_attention(
         UserError: The named back end cannot run here.
     """
     name = _auto(query_THW) if backend == "auto" else backend
+    if name != "sdpa" and not sequences.square:
+        key_NGW, value_NGW = (_OwnedRows.apply(rows, sequences.key_offsets) for rows in (key_NGW, value_NGW))
     if name == "torch":
         return _torch_varlen(query_THW, key_NGW, value_NGW, sequences, scale)
     if name == "flash":
@@ -136,6 +138,24 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences,
         softmax_scale=scale,
         causal=True,
     )
+
+
+class _OwnedRows(torch.autograd.Function):
+    """Passes keys or values on; in the backward pass, rows behind the last offset get no gradient.
+
+    The fused kernels never write the gradient of rows that no sequence owns, and hand back whatever memory held.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        nobodys = torch.arange(len(gradient), device=gradient.device) >= offsets[-1]
+        return gradient.masked_fill(nobodys[:, None, None], 0.0), None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
