@@ -130,7 +130,7 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     """The tables of a report, and where its files are."""
     console = Console()
     table = Table(title="Held-out queries, routed over their whole pack: recall@1")
-    for name in ("split", "docs", "queries", "random", "BM25", "untrained", "trained", "LM loss"):
+    for name in ("split", "docs", "n", "random", "BM25", "before", "after", "LM loss"):
         table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for split, row in report["splits"].items():
         before, after = row["before"], row["after"]
@@ -142,10 +142,10 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
             f"{row['bm25']['recall@1']:.3f}",
             f"{before['routing']['recall@1']:.3f}",
             f"[bold]{after['routing']['recall@1']:.3f}[/bold]",
-            f"{before['lm']:.2f} to {after['lm']:.2f}",
+            f"{before['lm']:.2f} → {after['lm']:.2f}",
         )
     console.print(table)
-    table = Table(title=f"Beyond the trained length: recall@1 of {report['length_split']}, 95% bootstrap interval")
+    table = Table(title=f"Longer memories: recall@1 of {report['length_split']} [95% interval]")
     for name in ("memory", "documents", "tokens", "router", "BM25", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["lengths"]:

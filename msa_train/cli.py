@@ -84,9 +84,15 @@ class MemoryCLI(LightningCLI):
         parser.link_arguments("model.routing_words", "data.init_args.routing_words")
 
     def before_instantiate_classes(self) -> None:
-        """Takes the run's length from its phases, unless it is given."""
+        """Takes the run's length from its phases, unless steps are given."""
         trainer = self.config[self.subcommand].trainer
-        if trainer.max_steps == -1 and trainer.max_epochs is None:
+        if trainer.max_epochs not in (None, 1):
+            raise UserError(
+                f"trainer.max_epochs is {trainer.max_epochs}: a run is as long as its phases; "
+                "change their steps, or give --trainer.max_steps"
+            )
+        trainer.max_epochs = 1  # one long epoch for Lightning; epochs of the data follow one another inside it
+        if trainer.max_steps == -1:
             trainer.max_steps = sum(phase.steps for phase in self.config[self.subcommand].model.phases)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

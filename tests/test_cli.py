@@ -62,6 +62,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "layers unsorted": ({"model.msa.routed_layers": "[1, 0]"}, "ascending"),
     "budget too small": ({"data.document_tokens": 30}, "more than document_tokens 30"),
     "too many queries": ({"data.queries_per_pack": 60}, "lower queries_per_pack"),
+    "epochs": ({"trainer.max_epochs": 3}, "max_epochs is 3: a run is as long as its phases"),
     "no phase": ({"model.phases": "[]"}, "phases is empty"),
     "phase of no steps": ({"model.phases": '[{"name": "a", "steps": 0}]'}, "steps is 0"),
     "temperature 0": ({"model.temperature": 0}, "temperature is 0"),

@@ -159,53 +159,61 @@ class _OwnedRows(torch.autograd.Function):
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-    """The reference: each sequence becomes one padded row of a batch. Its cost is that of the longest sequence."""
-    places = _Padding.of(sequences.query_offsets, sequences.longest_query, from_end=not sequences.square)
-    query_BHQW = places.pad(query)
-    if sequences.square:  # padding stands behind every real token, where a causal query never looks
-        key_BGNW, value_BGNW = places.pad(key), places.pad(value)
+    """The reference: sequences of like length become the rows of a padded batch, and each batch one SDPA call."""
+    starts, stops = sequences.query_offsets[:-1].long(), sequences.query_offsets[1:].long()
+    key_starts, key_stops = sequences.key_offsets[:-1].long(), sequences.key_offsets[1:].long()
+    outputs: list[Tensor] = []
+    first_row = torch.empty_like(starts)  # of each sequence, among the rows of all padded batches
+    rows = 0
+    for group, width, key_width in _groups_of_like_length(sequences):
+        queries = _PaddedRows(starts[group], stops[group], width)
+        query_BHQW = queries.pad(query)
+        keys = queries if sequences.square else _PaddedRows(key_starts[group], key_stops[group], key_width)
         out = F.scaled_dot_product_attention(
-            query_BHQW, key_BGNW, value_BGNW, is_causal=True, scale=scale, enable_gqa=True
+            query_BHQW, keys.pad(key), keys.pad(value), attn_mask=queries.causal(keys), scale=scale, enable_gqa=True
         )
-        return places.unpad(out, len(query))
-    keys = _Padding.of(sequences.key_offsets, sequences.longest_key, from_end=True)
-    reach = torch.arange(keys.width, device=query.device) - (keys.width - 1)
-    last = torch.arange(places.width, device=query.device) - (places.width - 1)
-    allowed_BQN = keys.real_BX[:, None, :] & (reach[None, :] <= last[:, None])
-    allowed_BQN = (
-        allowed_BQN | ~places.real_BX[:, :, None]
-    )  # a padded query sees all, for a softmax over nothing is NaN
-    out = F.scaled_dot_product_attention(
-        query_BHQW, keys.pad(key), keys.pad(value), attn_mask=allowed_BQN[:, None], scale=scale, enable_gqa=True
-    )
-    return places.unpad(out, len(query))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        slot = torch.arange(len(starts[group]), device=query.device)
+        first_row[group] = rows + (slot + 1) * width - (stops[group] - starts[group])
+        rows += len(outputs[-1])
+    token = torch.arange(len(query), device=query.device)
+    sequence = torch.searchsorted(stops, token, right=True)
+    return torch.cat(outputs).index_select(0, first_row[sequence] + token - starts[sequence])
 
 
-@dataclass(frozen=True)
-class _Padding:
-    """Rows of a ragged layout inside a padded batch, aligned at the start or at the end."""
+def _groups_of_like_length(sequences: Sequences) -> list[tuple[Tensor | slice, int, int]]:
+    """Sequence numbers with the widths that hold them: on a CPU lengths within a factor of 1.25 go together (padding
+    to the longest costs twice the attention there); elsewhere all do, for looking at lengths would make the host wait.
+    """
+    if sequences.query_offsets.device.type != "cpu":
+        return [(slice(None), sequences.longest_query, sequences.longest_key)]
+    length, key_length = sequences.query_offsets.diff(), sequences.key_offsets.diff()
+    order = torch.argsort(length, stable=True)
+    groups: list[list[int]] = [[]]
+    for number in order.tolist():
+        if groups[-1] and length[number] > 1.25 * length[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(number)
+    members = [torch.tensor(group) for group in groups]
+    return [(group, int(length[group].max()), int(key_length[group].max())) for group in members]
 
-    row_BX: Tensor
-    real_BX: Tensor
-    offsets: Tensor
-    width: int
-    from_end: bool
 
-    @staticmethod
-    def of(offsets: Tensor, width: int, from_end: bool) -> _Padding:
-        offsets = offsets.long()
-        column = torch.arange(width, device=offsets.device)
-        start = offsets[1:] - width if from_end else offsets[:-1]
-        row_BX = start[:, None] + column
-        real_BX = (row_BX >= offsets[:-1, None]) & (row_BX < offsets[1:, None])
-        return _Padding(row_BX, real_BX, offsets, width, from_end)
+class _PaddedRows:
+    """Sequences of a ragged layout as rows of one width, aligned at their ends."""
+
+    def __init__(self, starts: Tensor, stops: Tensor, width: int) -> None:
+        self.row_BX = stops[:, None] - width + torch.arange(width, device=starts.device)
+        self.real_BX = self.row_BX >= starts[:, None]
+        self.width = width
 
     def pad(self, ragged: Tensor) -> Tensor:
         rows = self.row_BX.clamp(0, len(ragged) - 1).flatten()
         return ragged.index_select(0, rows).view(*self.row_BX.shape, *ragged.shape[1:]).transpose(1, 2)
 
-    def unpad(self, padded_BHXW: Tensor, length: int) -> Tensor:
-        token = torch.arange(length, device=padded_BHXW.device)
-        sequence = torch.searchsorted(self.offsets[1:], token, right=True)
-        start = self.offsets[sequence + 1] - self.width if self.from_end else self.offsets[sequence]
-        return padded_BHXW.transpose(1, 2).flatten(0, 1).index_select(0, sequence * self.width + token - start)
+    def causal(self, keys: _PaddedRows) -> Tensor:
+        """Which keys each query sees: [B, 1, queries, keys]."""
+        device = self.row_BX.device
+        place = torch.arange(self.width, device=device) - self.width
+        key_place = torch.arange(keys.width, device=device) - keys.width
+        seen = keys.real_BX[:, None, :] & (key_place[None, :] <= place[:, None])
+        return (seen | ~self.real_BX[:, :, None])[:, None]  # a padded query sees all: a softmax over nothing is NaN
