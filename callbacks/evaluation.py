@@ -51,10 +51,10 @@ def evaluate_packs(model: MemorySparseModel, packs: Iterable[MemoryPack], k: int
     documents = []
     with _evaluating(model):
         for pack in packs:
-            if not pack.counted:
-                continue
             pack = pack.to(device)
             output = model(pack)
+            if not pack.counted:  # it ran all the same: sharded weights are gathered by all ranks or none
+                continue
             routing.update(output.doc_score_LQD, output.selected_LQK, pack.positive_QD)
             loss.update(
                 model.label_loss(output, pack.contexts),

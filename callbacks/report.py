@@ -7,13 +7,14 @@ same packs; and recall over memories longer than any training pack.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import matplotlib
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from callbacks.evaluation import (
@@ -43,6 +44,7 @@ class BeforeAfterReport(L.Callback):
             raise UserError("BeforeAfterReport: give ascending factors from 1 up, and at least one group")
         self.factors, self.groups = tuple(factors), groups
         self.before: dict[str, dict[str, Any]] = {}
+        self.started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured before training outlives a resume."""
@@ -100,6 +102,7 @@ class BeforeAfterReport(L.Callback):
         length_split: str,
     ) -> dict[str, Any]:
         return {
+            "seconds": round(time.perf_counter() - self.started, 1),
             "splits": {
                 split: {
                     "before": self.before[split],
@@ -128,7 +131,7 @@ class BeforeAfterReport(L.Callback):
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """The tables of a report, and where its files are."""
-    console = Console()
+    console = get_console()  # the progress bar's own: what is printed beside it would be overwritten
     table = Table(title="Held-out queries, routed over their whole pack: recall@1")
     for name in ("split", "docs", "n", "random", "BM25", "before", "after", "LM loss"):
         table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)

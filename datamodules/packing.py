@@ -194,6 +194,7 @@ class Packer:
     def _stratify(self) -> NDArray[np.int64]:
         """Rows of queries with alike needs, the neediest first: [Q, packs], -1 where the last row has none."""
         self._check_documents()
+        self._check_queries()
         need = np.array([self.length[self.positives[query]].sum() for query in self.queries.tolist()])
         order = np.argsort(-need, kind="stable")
         rows = self.config.queries_per_pack, self.packs_per_epoch
@@ -223,6 +224,16 @@ class Packer:
             raise UserError(
                 f"data: document '{self.data.corpus.document_ids[longest]}' has {self.length[longest]} tokens, more "
                 f"than document_tokens {budget} ({over} such); raise the budget or split the documents"
+            )
+
+
+    def _check_queries(self) -> None:
+        longest = max(self.queries.tolist(), key=lambda query: len(self.data.queries[query]))
+        tokens = len(self.data.queries[longest])
+        if tokens > self.config.document_tokens:
+            raise UserError(
+                f"data: query '{self.data.corpus.query_ids[longest]}' has {tokens} tokens, more than document_tokens "
+                f"{self.config.document_tokens}; shorten it or raise the budget"
             )
 
 

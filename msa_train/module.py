@@ -245,7 +245,7 @@ class MemorySparseModule(L.LightningModule):
         for number, split in enumerate(self._splits()):
             values = self.held_out[number].compute()
             for name, value in values.items():
-                self.log(f"routing/{name}/{split}", value, prog_bar=name == "recall@1")
+                self.log(f"routing/{name}/{split}", value)
             for name, value in self.held_out_loss[number].compute().items():
                 self.log(f"loss/{name}/{split}", value)
             if self.global_step > 0:

@@ -73,8 +73,8 @@ class Protocol:
     Args:
         tokenizer: A fast tokenizer that has the control tokens (see `add_control_tokens`).
         routing_words: `question`: only the words of the user's question route. `prompt`: the words of the prompt
-            around it as well, as published; a document made of those words then outranks the rest for every query
-            (docs/experiments.md).
+            around it as well, as published; a document that happens to hold those words may then outrank the rest for
+            every query, since a score is a maximum over tokens.
 
     Raises:
         UserError: A control token is missing.

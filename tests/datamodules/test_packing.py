@@ -134,6 +134,13 @@ def test_what_does_not_fit_is_refused_before_training(data: TokenizedCorpus, pro
         Packer(data, protocol, "train", replace(CONFIG, queries_per_pack=40))
 
 
+def test_a_query_over_the_budget_is_named(data: TokenizedCorpus, protocol: Protocol) -> None:
+    queries = [*data.queries]
+    queries[2] = queries[2].repeat(200)
+    with pytest.raises(UserError, match=r"query 'q2' has \d+ tokens, more than document_tokens 512"):
+        Packer(replace(data, queries=queries), protocol, "train", CONFIG)
+
+
 def test_overfitting_repeats_the_first_packs(packer: Packer) -> None:
     dataset = PackDataset(packer, packs_per_step=2, cycle=1)
     assert same(dataset[0], dataset[7])
