@@ -226,7 +226,6 @@ class Packer:
                 f"than document_tokens {budget} ({over} such); raise the budget or split the documents"
             )
 
-
     def _check_queries(self) -> None:
         longest = max(self.queries.tolist(), key=lambda query: len(self.data.queries[query]))
         tokens = len(self.data.queries[longest])
