@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -91,7 +91,7 @@ class MemoryCLI(LightningCLI):
                 f"trainer.max_epochs is {trainer.max_epochs}: a run is as long as its phases; "
                 "change their steps, or give --trainer.max_steps"
             )
-        trainer.max_epochs = 1  # one long epoch for Lightning; epochs of the data follow one another inside it
+        trainer.max_epochs = -1  # Lightning counts steps alone; epochs of the data follow one another inside
         if trainer.max_steps == -1:
             trainer.max_steps = sum(phase.steps for phase in self.config[self.subcommand].model.phases)
 
@@ -100,10 +100,13 @@ class MemoryCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         folder = str(config.default_root_dir)
         if config.logger in (None, True):
-            kwargs["logger"] = [
-                TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-                ContinuedCSVLogger(folder),
-            ]
+            # what is measured beside training does not belong into the training's own curves
+            fitting = self.subcommand == "fit"
+            board = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = [board, ContinuedCSVLogger(folder)] if fitting else False
+        callbacks = list(config.callbacks or [])
+        if config.enable_progress_bar is not False and not any(isinstance(item, ProgressBar) for item in callbacks):
+            kwargs["callbacks"] = [*callbacks, _Progress()]
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -176,6 +179,13 @@ def main() -> None:
         sys.exit(2)
 
 
+class _Progress(RichProgressBar):
+    """Lightning's bar, which counts epochs; a run has steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
 class _Instantiate(MemoryCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: the caller looks at what was built."""
@@ -211,4 +221,5 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

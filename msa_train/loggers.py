@@ -32,15 +32,18 @@ class ContinuedCSVLogger(CSVLogger):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Experiment logs directory")
                 self._experiment = super().experiment
+            self._experiment.metrics = list(self._earlier)
+            self._experiment.save()
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Writes a row; before the first one, the rows of the steps before it."""
+        """Writes a row; the first one takes the place of the rows that an interrupted run wrote beyond it."""
         writer = self.experiment
-        if self._earlier:
-            writer.metrics = [row for row in self._earlier if step is None or row["step"] < step]
-            self._earlier = []
+        if step is not None and any(row["step"] >= step for row in self._earlier):
+            Path(writer.metrics_file_path).unlink()
+            writer.metrics = [row for row in self._earlier if row["step"] < step]
+        self._earlier = []
         super().log_metrics(metrics, step)
 
     def _read(self) -> list[dict[str, Any]]:

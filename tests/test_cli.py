@@ -143,10 +143,13 @@ def test_validate_test_and_predict(tiny_run: Arguments, tmp_path: Path, capsys: 
     for command in ("validate", "test"):
         found = run([*tiny_run(tmp_path, steps=2), "--ckpt_path=last", "--trainer.limit_val_batches=1.0"], command)
         assert 0 <= found.trainer.callback_metrics["routing/recall@1/test"] <= 1
+    kept = (tmp_path / "tiny" / "metrics.csv").read_text()
+    assert len(kept.splitlines()) == 3
     flags = {"trainer.callbacks": '[{"class_path": "callbacks.RankingWriter"}]'}
     run([*tiny_run(tmp_path, steps=2, **flags), "--ckpt_path=last"], "predict")
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "rankings.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and len({row["query"] for row in rows}) == 16
+    assert (tmp_path / "tiny" / "metrics.csv").read_text() == kept, "evaluating leaves the training's log alone"
     assert len(rows[0]["documents"]) == 2 and rows[0]["positives"][0].startswith("d")
 
 

@@ -94,6 +94,19 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(ranks: int, tiny_ru
         assert torch.equal(weight, weights[1]["state_dict"][name]), name
 
 
+def test_a_finished_run_goes_on_when_given_more_steps(tiny_run: Arguments, tmp_path: Path) -> None:
+    """First to step 10, then to 14, then to 20: the log and weights of one run to 20."""
+    for name, limits in (("whole", (20,)), ("parts", (10, 14, 20))):
+        for number, limit in enumerate(limits):
+            resume = ["--ckpt_path=last"] if number else []
+            done = start([*tiny_run(tmp_path, steps=20, name=name, **{"trainer.max_steps": limit}), *resume])
+            assert done.returncode == 0, done.stderr[-2000:]
+    assert len(losses(tmp_path / "whole")) == 20 and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    weights = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts")]
+    for name, weight in weights[0]["state_dict"].items():
+        assert torch.equal(weight, weights[1]["state_dict"][name]), name
+
+
 def test_two_ranks_equal_two_accumulated_packs(tiny_run: Arguments, tmp_path: Path) -> None:
     """The same global batches, shared out in two ways, with uneven labels: the same losses and weights."""
     ways = {
