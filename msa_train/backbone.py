@@ -42,7 +42,7 @@ def open_config(name: str) -> PreTrainedConfig:
 def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
     """Grows the embeddings for a tokenizer that has more tokens than the model; returns how many were added.
 
-    New rows start at the mean of the old ones, which is Hugging Face's way.
+    New rows are drawn from the old ones' distribution, which is Hugging Face's way.
     """
     embeddings: Any = backbone.get_input_embeddings()
     missing = tokens - int(embeddings.weight.shape[0])

@@ -83,6 +83,10 @@ class MemoryCLI(LightningCLI):
         parser.link_arguments("model.msa.chunk_size", "data.init_args.chunk_size")
         parser.link_arguments("model.routing_words", "data.init_args.routing_words")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the command line wins over what a checkpoint remembers, for files and folders alike; and a strange
+        file is not opened before `preflight` looks at it."""
+
     def before_instantiate_classes(self) -> None:
         """Takes the run's length from its phases, unless steps are given."""
         trainer = self.config[self.subcommand].trainer
@@ -154,7 +158,6 @@ def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI:
                 "use_distributed_sampler": False, "check_val_every_n_epoch": None, "log_every_n_steps": 10,
             },
             seed_everything_default=0,
-            # the command line wins over what a checkpoint remembers, for files and folders alike
             load_from_checkpoint_support=False,
             args=list(args) if args is not None else None,
         )  # fmt: skip

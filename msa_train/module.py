@@ -83,7 +83,7 @@ class MemorySparseModule(L.LightningModule):
         self.dtype_name = weights
         self.model: MemorySparseModel | None = None
         self._collapse_told = False
-        self._skipped: Tensor | None = None
+        self._skipped = torch.zeros(())
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -105,7 +105,11 @@ class MemorySparseModule(L.LightningModule):
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
         if source is not None and source.is_file():
             ours = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-            check_architecture(ours, _read_checkpoint(source), str(source))
+            saved = _read_checkpoint(source)
+            check_architecture(ours, saved, str(source))
+            trained = saved["msa_train"]["chunk_size"]
+            if checkpoint is not None and trained != self.msa.chunk_size:
+                raise UserError(f"{source}: trained with msa.chunk_size {trained}, this run has {self.msa.chunk_size}")
 
     def configure_model(self) -> None:
         """Opens the backbone and attaches routers, once."""
@@ -160,7 +164,7 @@ class MemorySparseModule(L.LightningModule):
                 "model.phases freeze the backbone in some phases only: DDP needs "
                 "--trainer.strategy ddp_find_unused_parameters_true for that"
             )
-        self._skipped = torch.zeros((), device=self.device)
+        self._skipped = self._skipped.to(self.device)
 
     def on_train_start(self) -> None:
         """Lightning never calls train(), and from_pretrained leaves eval mode on (Lightning issue 20105)."""
@@ -196,8 +200,7 @@ class MemorySparseModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~torch.isfinite(norm)).float()
         optimizer.found_inf = broken  # type: ignore[attr-defined]
-        assert self._skipped is not None
-        self._skipped += broken
+        self._skipped = self._skipped + broken
         self.log("train/grad_norm", norm, batch_size=1)
         self.log("train/skipped_steps", self._skipped, batch_size=1)
 
@@ -273,8 +276,12 @@ class MemorySparseModule(L.LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what identifies the architecture."""
-        checkpoint["msa_train"] = {"routed_layers": list(self.net.routed_layers), "chunk_size": self.msa.chunk_size}
+        """Adds what the weights do not tell, and the counter."""
+        checkpoint["msa_train"] = {"chunk_size": self.msa.chunk_size, "skipped_steps": float(self._skipped)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts on from where the run was."""
+        self._skipped = torch.tensor(checkpoint["msa_train"]["skipped_steps"])
 
     def _load_weights(self, path: str) -> None:
         checkpoint = _read_checkpoint(Path(path))
@@ -343,8 +350,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().partition(chr(10))[0]})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this project (no state_dict)")
+    missing = {"state_dict", "msa_train"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))})")
     return checkpoint
 
 

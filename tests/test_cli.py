@@ -123,6 +123,21 @@ def test_checkpoint_of_another_architecture_names_the_first_mismatch(tiny_run: A
         assert not (tmp_path / "other" / "last.ckpt").exists()
 
 
+def test_resuming_with_other_chunks_or_a_strange_file_is_refused(tiny_run: Arguments, tmp_path: Path) -> None:
+    run(tiny_run(tmp_path, steps=1))
+    last = tmp_path / "tiny" / "last.ckpt"
+    with pytest.raises(UserError, match=r"last.ckpt: trained with msa.chunk_size 8, this run has 4"):
+        run(tiny_run(tmp_path, steps=1, ckpt_path=last, **{"model.msa.chunk_size": 4}))
+    for content, message in ((b"no pickle", "not a readable checkpoint"), (b"", "not a readable checkpoint")):
+        (tmp_path / "strange.ckpt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            run(tiny_run(tmp_path, steps=1, name="other", ckpt_path=tmp_path / "strange.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "strange.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        run(tiny_run(tmp_path, steps=1, name="other", ckpt_path=tmp_path / "strange.ckpt"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_init_from_starts_anew_with_other_weights(tiny_run: Arguments, tmp_path: Path) -> None:
     run(tiny_run(tmp_path, steps=3))
     start = torch.load(tmp_path / "tiny" / "last.ckpt", weights_only=True)
