@@ -30,31 +30,27 @@ class Evaluation:
         lm: Nats per labelled token.
         queries: Queries counted.
         documents: Documents per pack, on average.
+        random_recall: Recall@1 of a guess: the share of a query's pack that answers it, on average.
     """
 
     routing: dict[str, float]
     lm: float
     queries: int
     documents: float
-
-    @property
-    def random_recall(self) -> float:
-        """Recall@1 of a guess."""
-        return 1 / self.documents
+    random_recall: float
 
 
 @torch.no_grad()
 def evaluate_packs(model: MemorySparseModel, packs: Iterable[MemoryPack], k: int) -> Evaluation:
-    """The router and the language model on packs, over all ranks; the model's mode is left as it was."""
+    """The router and the language model on these packs, on this rank; the model's mode is left as it was."""
     device = next(model.parameters()).device
     routing, loss = RoutingMetrics(model.routed_layers, k).to(device), LossMeans().to(device)
-    documents = []
+    routing.sync_on_compute = loss.sync_on_compute = False
+    documents, guess = [], []
     with _evaluating(model):
         for pack in packs:
             pack = pack.to(device)
             output = model(pack)
-            if not pack.counted:  # it ran all the same: sharded weights are gathered by all ranks or none
-                continue
             routing.update(output.doc_score_LQD, output.selected_LQK, pack.positive_QD)
             loss.update(
                 model.label_loss(output, pack.contexts),
@@ -63,18 +59,21 @@ def evaluate_packs(model: MemorySparseModel, packs: Iterable[MemoryPack], k: int
                 pack.queries,
             )
             documents.append(len(pack.document_ids))
+            guess.extend(pack.positive_QD.float().mean(1).tolist())
     values = {name: float(value) for name, value in routing.compute().items()}
-    return Evaluation(values, float(loss.compute()["lm"]), int(routing.queries), float(np.mean(documents)))
+    return Evaluation(
+        routing=values,
+        lm=float(loss.compute()["lm"]),
+        queries=int(routing.queries),
+        documents=float(np.mean(documents)),
+        random_recall=float(np.mean(guess)),
+    )
 
 
 def bm25_recall(packs: Iterable[MemoryPack], data: TokenizedCorpus, k: int) -> dict[str, float]:
     """BM25's retrieval scores over the same packs, from the texts that their documents hold."""
     texts = _Texts(data)
-    found = [
-        retrieval_scores(texts.bm25(pack.query_ids, pack.document_ids), pack.positive_QD, k)
-        for pack in packs
-        if pack.counted
-    ]
+    found = [retrieval_scores(texts.bm25(pack.query_ids, pack.document_ids), pack.positive_QD, k) for pack in packs]
     return {name: float(torch.cat([scores[name] for scores in found]).mean()) for name in found[0]}
 
 
@@ -126,7 +125,7 @@ def evaluate_lengths(
         encoded = [model.encode(pack.documents) for pack in starts]
         for factor in factors:
             added = int(np.searchsorted(ends, budget * (factor - 1), side="right"))
-            if factor > 1 and budget * (factor - 1) > ends[-1] + budget:
+            if factor > 1 and (not len(ends) or budget * (factor - 1) > ends[-1]):
                 continue
             recall, bm25 = [], []
             for pack, own in zip(starts, encoded, strict=True):
@@ -170,6 +169,8 @@ class _Texts:
         """BM25 scores [Q, D], with bm25s' own tokenizer and defaults."""
         documents = bm25s.tokenize([self._documents[name] for name in document_ids], show_progress=False)
         queries = bm25s.tokenize([self._queries[name] for name in query_ids], show_progress=False, return_ids=False)
+        if not documents.vocab:  # nothing but stop words, or a script that the tokenizer does not know
+            return torch.zeros(len(query_ids), len(document_ids))
         index = bm25s.BM25()
         index.index(documents, show_progress=False)
         return torch.from_numpy(np.stack([index.get_scores(words) for words in queries]))

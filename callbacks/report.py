@@ -46,6 +46,11 @@ class BeforeAfterReport(L.Callback):
         self.before: dict[str, dict[str, Any]] = {}
         self.started = time.perf_counter()
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a run that has nothing to report on."""
+        if not _parts(trainer, pl_module)[0].val_splits:
+            raise UserError("BeforeAfterReport needs a split in data.val_splits")
+
     def state_dict(self) -> dict[str, Any]:
         """What was measured before training outlives a resume."""
         return {"before": self.before}
@@ -69,7 +74,8 @@ class BeforeAfterReport(L.Callback):
         k = module.msa.top_k
         bm25 = {split: bm25_recall(packs, data.data, k) for split, (_, packs) in after.items()}
         first = data.val_splits[0]
-        lengths = evaluate_lengths(module.net, data, after[first][1][: self.groups], self.factors, k)
+        with trainer.precision_plugin.forward_context():
+            lengths = evaluate_lengths(module.net, data, after[first][1][: self.groups], self.factors, k)
         folder = Path(trainer.default_root_dir)
         report = self._report({split: found for split, (found, _) in after.items()}, bm25, lengths, first)
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +95,10 @@ class BeforeAfterReport(L.Callback):
     ) -> dict[str, tuple[Evaluation, list[MemoryPack]]]:
         data, module = _parts(trainer, pl_module)
         result = {}
-        for split, loader in zip(data.val_splits, data.val_dataloader(), strict=True):
-            packs = list(loader)
-            result[split] = evaluate_packs(module.net, packs, module.msa.top_k), packs
+        for split in data.val_splits:
+            packs = data.evaluation_packs(split)  # all of them on every rank: few, and the numbers are whole
+            with trainer.precision_plugin.forward_context():
+                result[split] = evaluate_packs(module.net, packs, module.msa.top_k), packs
         return result
 
     def _report(

@@ -53,6 +53,10 @@ class Throughput(L.Callback):
         """Stops the clock."""
         self.started = None
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stops the clock."""
+        self.started = None
+
     def _restart(self) -> None:
         self.tokens = self.queries = 0
         self.started = time.perf_counter()

@@ -120,6 +120,8 @@ def _rows(records: list[tuple[str, dict[str, Any]]]) -> dict[str, int]:
 def _qrels(file: Path, query_row: dict[str, int], document_row: dict[str, int]) -> Qrels:
     relation: dict[int, set[int]] = {}
     for number, (place, line) in enumerate(_lines(file)):
+        if number == 0 and not line.startswith("query-id"):
+            raise UserError(f"{place}: the first line must be the header: query-id, corpus-id, score between tabs")
         if number == 0 or not line.strip():
             continue
         fields = line.rstrip("\r\n").split("\t")

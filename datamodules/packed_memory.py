@@ -156,6 +156,12 @@ class PackedMemory(L.LightningDataModule):
         """All packs of every validation split."""
         return self.test_dataloader()
 
+    def evaluation_packs(self, split: str) -> list[MemoryPack]:
+        """All packs that a split is validated on, whichever ranks read them."""
+        packer = self.packers[split]
+        packs = min(self.val_packs or packer.packs_per_epoch, packer.packs_per_epoch)
+        return [packer.pack(index) for index in range(packs)]
+
     def _evaluation(self, split: str, limit: int) -> DataLoader[MemoryPack]:
         trainer, packer = self._trainer(), self.packers[split]
         packs = min(limit, packer.packs_per_epoch) if limit else packer.packs_per_epoch

@@ -13,7 +13,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -112,7 +111,7 @@ class Packer:
         self.length = bare + protocol.wrapping(most)
         self.stream = zlib.crc32(split.encode())
         self.strata = self._stratify()
-        self._deal = lru_cache(maxsize=2)(self._deal_epoch)
+        self._dealt: dict[int, NDArray[np.int64]] = {}  # the last epoch or two; plain, so that workers can be spawned
 
     @property
     def packs_per_epoch(self) -> int:
@@ -209,9 +208,11 @@ class Packer:
             )
         return strata.reshape(rows)
 
-    def _deal_epoch(self, epoch: int) -> NDArray[np.int64]:
-        rng = self._rng(0, epoch)
-        return rng.permuted(self.strata, axis=1)
+    def _deal(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._dealt:
+            self._dealt = dict(list(self._dealt.items())[-1:])
+            self._dealt[epoch] = self._rng(0, epoch).permuted(self.strata, axis=1)
+        return self._dealt[epoch]
 
     def _rng(self, purpose: int, counter: int) -> np.random.Generator:
         key = np.array([self.config.seed, (self.stream << 1) | purpose], dtype=np.uint64)
@@ -250,13 +251,16 @@ class PackDataset(Dataset[MemoryPack]):
 
     def __init__(self, packer: Packer, packs_per_step: int = 1, cycle: int = 0) -> None:
         self.packer, self.packs_per_step, self.cycle = packer, packs_per_step, cycle
-        self._step_counts = lru_cache(maxsize=4)(self._count_step)
+        self._counted: tuple[int, tuple[int, int]] = (-1, (0, 0))  # the last step and its counts
 
     def __getitem__(self, index: int) -> MemoryPack:
         pack = self.packer.pack(self._source(index))
         if self.packs_per_step == 1:
             return pack
-        labels, queries = self._step_counts(index // self.packs_per_step)
+        step = index // self.packs_per_step
+        if self._counted[0] != step:
+            self._counted = step, self._count_step(step)
+        labels, queries = self._counted[1]
         return replace(pack, step_labels=labels, step_queries=queries)
 
     def _source(self, index: int) -> int:

@@ -21,6 +21,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
 from msa_train.errors import UserError
@@ -118,12 +120,12 @@ class MemoryCLI(LightningCLI):
         config = self.config[subcommand]
         folder = Path(config.runs) / config.name
         fresh = subcommand == "fit" and config.get("ckpt_path") is None and not config.trainer.fast_dev_run
-        first_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+        first_rank = (getattr(rank_zero_only, "rank", 0) or 0) == 0
         if fresh and first_rank:
             _check_vacant(folder, config.overwrite)
         checkpoint = _find_checkpoint(folder, config.get("ckpt_path"))
         self.datamodule.prepare_data()
-        self.datamodule.setup()
+        self.datamodule.setup(subcommand)
         tokenizer = getattr(self.datamodule, "tokenizer", None)
         self.model.preflight(None if tokenizer is None else len(tokenizer), checkpoint)
         if first_rank and hasattr(self.datamodule, "describe"):
@@ -139,6 +141,9 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Saves when fitting."""
         if stage == "fit" and trainer.loggers:
+            # the file repeats the run elsewhere; it must neither delete this one nor resume it
+            self.config = self.config.clone()
+            self.config.overwrite, self.config.ckpt_path = False, None
             super().setup(trainer, pl_module, stage)
 
 
@@ -177,8 +182,9 @@ def main() -> None:
     _quieten()
     try:
         build()
-    except UserError as error:
-        print(f"msa-train: error: {error}", file=sys.stderr)
+    except (UserError, MisconfigurationException) as error:
+        # Lightning's own word for a mistake in the trainer's arguments
+        print(f"msa-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -212,7 +218,7 @@ def _find_checkpoint(folder: Path, asked: str | None) -> Path | None:
         if found is None:
             raise UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
         return found
-    if asked is None or asked in ("best", "hpc"):
+    if asked is None:
         return None
     if not Path(asked).exists():
         raise UserError(f"--ckpt_path: no such checkpoint '{asked}'")

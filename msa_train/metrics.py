@@ -58,14 +58,14 @@ def selection_health(selected_QK: Tensor, documents: int, positive_QD: Tensor) -
         entropy: of how often each document was selected, over log D: 1 where all come alike.
         coverage: share of the documents that some query selected.
         hubness: share of the queries won by the most popular document.
-        diversity: effective number of first-ranked documents over the number of different positives; a router that
-            finds them all reaches 1, one that sends every query to one place goes to 0.
+        diversity: effective number of first-ranked documents over the number of different positives (at most one a
+            query); a router that finds them all reaches 1, one that sends every query to one place goes to 0.
     """
     queries = len(selected_QK)
     count_D = torch.zeros(documents, device=selected_QK.device)
     chosen = count_D.index_add(0, selected_QK.flatten(), torch.ones_like(selected_QK.flatten(), dtype=count_D.dtype))
     winners = count_D.index_add(0, selected_QK[:, 0], torch.ones_like(selected_QK[:, 0], dtype=count_D.dtype))
-    wanted = positive_QD.any(0).sum().clamp_min(1)
+    wanted = positive_QD.any(0).sum().clamp(1, queries)  # no more winners than queries
     return {
         "entropy": _entropy(chosen) / torch.log(count_D.new_tensor(float(max(documents, 2)))),
         "coverage": (chosen > 0).float().mean(),

@@ -108,7 +108,7 @@ class MemorySparseModel(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        _check_supported(backbone)
+        check_supported(backbone.config)
         self.backbone = backbone
         self.config = config
         self.recompute = recompute
@@ -267,8 +267,12 @@ def _attach_routers(attention: Any, config: MSAConfig) -> None:
     attention.router_q_proj, attention.router_k_proj = query, key
 
 
-def _check_supported(backbone: PreTrainedModel) -> None:
-    config = backbone.config
+def check_supported(config: Any) -> None:
+    """Refuses decoders that this library would not run as transformers does.
+
+    Raises:
+        UserError: Another type of model, dropout or a sliding window in attention.
+    """
     if config.model_type not in SUPPORTED:
         raise UserError(f"model.backbone is of type '{config.model_type}'; supported: {', '.join(SUPPORTED)}")
     if getattr(config, "attention_dropout", 0.0):

@@ -27,7 +27,7 @@ from msa_train.errors import UserError
 from msa_train.kernels.varlen import Backend
 from msa_train.losses import RoutingLoss, global_mean, routing_loss
 from msa_train.metrics import LossMeans, RoutingMetrics
-from msa_train.model import MemorySparseModel, Output
+from msa_train.model import MemorySparseModel, Output, check_supported
 from msa_train.pack import MemoryPack
 from msa_train.phases import Group, Phase, Timeline
 from msa_train.protocol import RoutingWords
@@ -72,8 +72,6 @@ class MemorySparseModule(L.LightningModule):
         super().__init__()
         if temperature <= 0:
             raise UserError(f"model.temperature is {temperature}: give a positive number (the paper: 0.1)")
-        if init_from is not None and not Path(init_from).is_file():
-            raise UserError(f"model.init_from: no such checkpoint '{init_from}'")
         self.timeline = Timeline(tuple(phases))
         self.backbone_name, self.msa = backbone, msa
         self.routing_words: RoutingWords = routing_words
@@ -84,6 +82,8 @@ class MemorySparseModule(L.LightningModule):
         self.model: MemorySparseModel | None = None
         self._collapse_told = False
         self._skipped = torch.zeros(())
+        self._resuming = False
+        self._loaded_step = 0
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,11 @@ class MemorySparseModule(L.LightningModule):
         Raises:
             UserError: The backbone cannot be opened or routed, or the checkpoint is of another architecture.
         """
+        self._resuming = checkpoint is not None
+        if self.init_from is not None and not self._resuming and not Path(self.init_from).is_file():
+            raise UserError(f"model.init_from: no such checkpoint '{self.init_from}'")
         config = open_config(self.backbone_name)
+        check_supported(config)
         if tokens is not None:
             config.vocab_size = max(config.vocab_size, tokens)
         with torch.device("meta"):
@@ -108,7 +112,7 @@ class MemorySparseModule(L.LightningModule):
             saved = _read_checkpoint(source)
             check_architecture(ours, saved, str(source))
             trained = saved["msa_train"]["chunk_size"]
-            if checkpoint is not None and trained != self.msa.chunk_size:
+            if self._resuming and trained != self.msa.chunk_size:
                 raise UserError(f"{source}: trained with msa.chunk_size {trained}, this run has {self.msa.chunk_size}")
 
     def configure_model(self) -> None:
@@ -131,7 +135,7 @@ class MemorySparseModule(L.LightningModule):
         if all(phase.trainable == "routers" for phase in self.timeline.phases):
             for _, weight in self.model.backbone_parameters():
                 weight.requires_grad_(False)
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        if self.init_from is not None and not self._resuming:
             self._load_weights(self.init_from)
 
     @property
@@ -165,6 +169,14 @@ class MemorySparseModule(L.LightningModule):
                 "--trainer.strategy ddp_find_unused_parameters_true for that"
             )
         self._skipped = self._skipped.to(self.device)
+        smallest = min(phase.backbone_lr for phase in self.timeline.phases)
+        if self.dtype_name == "bfloat16" and smallest < 1e-4 and "DeepSpeed" not in type(strategy).__name__:
+            warnings.warn(
+                f"weights are bfloat16 without a float32 copy, and backbone_lr falls to {smallest:g} or less: most "
+                "updates are smaller than bfloat16 can hold and are lost. Use model.weights float32 with precision "
+                "bf16-mixed, or a DeepSpeed strategy, which keeps the copy.",
+                stacklevel=2,
+            )
 
     def on_train_start(self) -> None:
         """Lightning never calls train(), and from_pretrained leaves eval mode on (Lightning issue 20105)."""
@@ -234,7 +246,7 @@ class MemorySparseModule(L.LightningModule):
 
     def validation_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Routes held-out queries over their whole pack."""
-        _, phase, _ = self.timeline.at(max(self.global_step - 1, 0))
+        _, phase, _ = self.timeline.at(max(self._steps_done() - 1, 0))
         output, lm_sum, routing_sum = self._losses(pack, phase)
         if pack.counted:
             labels = len(pack.contexts.label_target_N)
@@ -251,7 +263,7 @@ class MemorySparseModule(L.LightningModule):
                 self.log(f"routing/{name}/{split}", value)
             for name, value in self.held_out_loss[number].compute().items():
                 self.log(f"loss/{name}/{split}", value)
-            if self.global_step > 0:
+            if self._steps_done() > 0:
                 self._watch_collapse(float(values["diversity"]), float(values["hubness"]), f"split '{split}'")
 
     on_test_epoch_end = on_validation_epoch_end
@@ -282,6 +294,7 @@ class MemorySparseModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts on from where the run was."""
         self._skipped = torch.tensor(checkpoint["msa_train"]["skipped_steps"])
+        self._loaded_step = checkpoint["global_step"]
 
     def _load_weights(self, path: str) -> None:
         checkpoint = _read_checkpoint(Path(path))
@@ -306,6 +319,10 @@ class MemorySparseModule(L.LightningModule):
                     "aligned, a lower router_lr, or more queries per pack.",
                     stacklevel=2,
                 )
+
+    def _steps_done(self) -> int:
+        # Lightning restores the step for fitting alone
+        return max(self.global_step, self._loaded_step)
 
     def _tokenizer(self) -> Any:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -91,11 +90,21 @@ class Protocol:
         self.tokenizer = tokenizer
         self.routing_words = routing_words
         self.start, self.end, self.ref = ids
-        self._number = lru_cache(maxsize=None)(lambda number: tuple(self.text(f"[{number}]")))
-        self._dotted = lru_cache(maxsize=None)(lambda number: tuple(self.text(f"[{number}].")))
+        self._numbers: dict[str, tuple[int, ...]] = {}
         self._fixed = {
             words: tuple(self.text(words)) for words in ("user\n", "\n", ASK, RETURN, STOP, REPEAT, ANSWER.rstrip())
         }
+
+    def _number(self, number: int) -> tuple[int, ...]:
+        return self._remembered(f"[{number}]")
+
+    def _dotted(self, number: int) -> tuple[int, ...]:
+        return self._remembered(f"[{number}].")
+
+    def _remembered(self, words: str) -> tuple[int, ...]:
+        if words not in self._numbers:
+            self._numbers[words] = tuple(self.text(words))
+        return self._numbers[words]
 
     def text(self, text: str) -> list[int]:
         """Token ids of plain text; what looks like a control token in it stays text."""

@@ -68,6 +68,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature 0": ({"model.temperature": 0}, "temperature is 0"),
     "share of 2": ({"data.answer_share": 2.0}, "answer_share is 2"),
     "vocabulary too small": ({"data.vocab_size": 10}, "vocab_size is 10"),
+    "no such checkpoint word": ({"ckpt_path": "best"}, "no such checkpoint 'best'"),
+    **({} if torch.cuda.is_available() else {"no GPU here": ({"trainer.accelerator": "gpu"}, "gpu")}),
+    "share of an epoch": ({"trainer.val_check_interval": 0.25}, "val_check_interval"),
     "no config file": ({"config": "nowhere.yaml"}, "nowhere.yaml"),
 }
 
@@ -102,6 +105,7 @@ def test_an_existing_run_is_kept(tiny_run: Arguments, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a run already: --ckpt_path last goes on with it"):
         run(arguments)
     run([*arguments, "--overwrite=true"])
+    assert "overwrite: false" in (tmp_path / "tiny" / "config.yaml").read_text(), "the kept config deletes nothing"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match="no run of msa-train"):

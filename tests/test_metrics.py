@@ -53,6 +53,12 @@ def test_collapse_shows() -> None:
     assert collapsed["entropy"] < healthy["entropy"]
 
 
+def test_several_positives_a_query_do_not_look_like_a_collapse() -> None:
+    wanted = torch.eye(4).repeat_interleave(5, 1).bool()
+    health = selection_health(torch.arange(4)[:, None] * 5, 20, wanted)
+    assert math.isclose(health["diversity"].item(), 1, rel_tol=1e-5)
+
+
 def test_hand_worked_diversity() -> None:
     """Best documents 0, 0, 0, 1 of 8 with four different positives."""
     health = selection_health(torch.tensor([[0], [0], [0], [1]]), 8, torch.eye(4, 8, dtype=torch.bool))

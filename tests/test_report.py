@@ -11,6 +11,7 @@ import torch
 
 from callbacks.evaluation import bootstrap_interval, evaluate_lengths
 from msa_train import cli
+from msa_train.errors import UserError
 from msa_train.metrics import retrieval_scores
 from msa_train.pack import Documents
 from msa_train.protocol import Source
@@ -69,6 +70,18 @@ def test_a_longer_memory_is_what_one_big_pack_would_be(tiny_run: Arguments, tmp_
     positive = torch.zeros(score.shape, dtype=torch.bool)
     positive[:, : len(own)] = pack.positive_QD
     assert torch.equal(retrieval_scores(score, positive, 2)["recall@1"], lengths[1].recall)
+
+
+def test_a_corpus_smaller_than_a_pack_is_reported_at_one_length(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = {"data.document_tokens": 4096, "data.queries_per_pack": 16, "trainer.callbacks": REPORT}
+    cli.build(["fit", *tiny_run(tmp_path, steps=1, **flags)])
+    report = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    assert [row["factor"] for row in report["lengths"]] == [1] and 70 < report["lengths"][0]["documents"] <= 80
+
+
+def test_a_report_on_nothing_is_refused(tiny_run: Arguments, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs a split in data.val_splits"):
+        cli.build(["fit", *tiny_run(tmp_path, steps=1, **{"data.val_splits": "[]", "trainer.callbacks": REPORT})])
 
 
 def test_bootstrap_interval_covers_and_narrows() -> None:

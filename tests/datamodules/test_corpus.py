@@ -29,11 +29,16 @@ BAD = {
     "id is a number": ("corpus.jsonl", '{"_id": 3, "text": "a"}\n', "corpus.jsonl:1: '_id'"),
     "id twice": ("queries.jsonl", '{"_id": "q0", "text": "a"}\n' * 2, "queries.jsonl:2: _id 'q0' occurs twice"),
     "answers": ("queries.jsonl", '{"_id": "q0", "text": "a", "answers": "b"}\n', "queries.jsonl:1: 'answers'"),
-    "unknown query": ("qrels/train.tsv", "h\nq999\td0\t1\n", "train.tsv:2: query 'q999'"),
-    "unknown document": ("qrels/train.tsv", "h\nq0\tnowhere\t1\n", "train.tsv:2: document 'nowhere'"),
-    "no tabs": ("qrels/train.tsv", "h\nq0 d0 1\n", "train.tsv:2: expected"),
-    "score": ("qrels/train.tsv", "h\nq0\td0\thigh\n", "train.tsv:2: score 'high'"),
-    "no pair": ("qrels/train.tsv", "h\nq0\td0\t0\n", "no relevant pair"),
+    "unknown query": ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq999\td0\t1\n", "train.tsv:2: query 'q999'"),
+    "unknown document": (
+        "qrels/train.tsv",
+        "query-id\tcorpus-id\tscore\nq0\tnowhere\t1\n",
+        "document 'nowhere'",
+    ),
+    "no header": ("qrels/train.tsv", "q0\td0\t1\n", "train.tsv:1: the first line must be the header"),
+    "no tabs": ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0 d0 1\n", "train.tsv:2: expected"),
+    "score": ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0\thigh\n", "train.tsv:2: score 'high'"),
+    "no pair": ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0\t0\n", "no relevant pair"),
 }
 
 

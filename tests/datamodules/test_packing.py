@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,12 @@ def test_overfitting_repeats_the_first_packs(packer: Packer) -> None:
     dataset = PackDataset(packer, packs_per_step=2, cycle=1)
     assert same(dataset[0], dataset[7])
     assert dataset[5].step_queries == 2 * packer.pack(0).queries
+
+
+def test_packs_travel_to_spawned_workers(packer: Packer) -> None:
+    """Where processes do not fork, a worker gets its dataset pickled."""
+    there = pickle.loads(pickle.dumps(PackDataset(packer, packs_per_step=2)))  # noqa: S301
+    assert same(there[5], packer.pack(5)) and there[5].step_queries == PackDataset(packer, 2)[5].step_queries
 
 
 def test_unknown_split_lists_those_there_are(corpus_folder: Path) -> None:
