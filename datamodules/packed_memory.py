@@ -86,7 +86,9 @@ class PackedMemory(L.LightningDataModule):
         self.data: TokenizedCorpus | None = None
 
     def prepare_data(self) -> None:
-        """Builds what is kept on disk, on one process."""
+        """Builds what is kept on disk, on one process; nothing where `setup` has already read it."""
+        if self.data is not None:
+            return
         corpus = self._read_corpus()
         if self.tokenizer_name is None:
             train_tokenizer(corpus.documents, self.vocab_size, cache_root())
@@ -158,15 +160,16 @@ class PackedMemory(L.LightningDataModule):
 
     def evaluation_packs(self, split: str) -> list[MemoryPack]:
         """All packs that a split is validated on, whichever ranks read them."""
-        packer = self.packers[split]
-        packs = min(self.val_packs or packer.packs_per_epoch, packer.packs_per_epoch)
-        return [packer.pack(index) for index in range(packs)]
+        return [self.packers[split].pack(index) for index in range(self._packs(split, self.val_packs))]
+
+    def _packs(self, split: str, limit: int) -> int:
+        whole = self.packers[split].packs_per_epoch
+        return min(limit, whole) if limit else whole
 
     def _evaluation(self, split: str, limit: int) -> DataLoader[MemoryPack]:
-        trainer, packer = self._trainer(), self.packers[split]
-        packs = min(limit, packer.packs_per_epoch) if limit else packer.packs_per_epoch
+        trainer, packs = self._trainer(), self._packs(split, limit)
         rounds = -(-packs // trainer.world_size)  # every rank runs as many, or collectives would wait for ever
-        dataset = _Evaluation(PackDataset(packer), packs)
+        dataset = _Evaluation(PackDataset(self.packers[split]), packs)
         return self._loader(dataset, StepSampler(0, rounds, trainer.global_rank, trainer.world_size))
 
     def _loader(self, dataset: Dataset[MemoryPack], sampler: StepSampler) -> DataLoader[MemoryPack]:

@@ -31,6 +31,7 @@ from msa_train.model import MemorySparseModel, Output, check_supported
 from msa_train.pack import MemoryPack
 from msa_train.phases import Group, Phase, Timeline
 from msa_train.protocol import RoutingWords
+from msa_train.routing import select_documents
 
 COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -271,7 +272,7 @@ class MemorySparseModule(L.LightningModule):
     def predict_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Ranks the pack's documents for each of its queries."""
         score_QD = self.net(pack).doc_score_LQD.mean(0)
-        best = torch.topk(score_QD, min(self.msa.top_k, score_QD.shape[1]))
+        best_QK = select_documents(score_QD, self.msa.top_k)
         return [
             {
                 "query": query,
@@ -280,7 +281,7 @@ class MemorySparseModule(L.LightningModule):
                 "positives": [pack.document_ids[place] for place in pack.positive_QD[row].nonzero().flatten().tolist()],
             }
             for row, (query, places, scores) in enumerate(
-                zip(pack.query_ids, best.indices.tolist(), best.values.tolist(), strict=True)
+                zip(pack.query_ids, best_QK.tolist(), score_QD.gather(1, best_QK).tolist(), strict=True)
             )
             if pack.counted
         ]
