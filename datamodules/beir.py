@@ -4,9 +4,9 @@
     queries.jsonl       {"_id": "q1", "text": "...", "answers": ["..."], "steps": [["d1"], ["d7"]]}
     qrels/{split}.tsv   query-id <TAB> corpus-id <TAB> score, with that header
 
-`answers` and `steps` (the evidence chain of a multi-hop question) are optional. The invariant: what comes out is
-complete. Every id of the qrels and steps is known and every text is there; anything else is a `UserError` that names
-file and line.
+`answers` and `steps` (the evidence chain of a multi-hop question) are optional. For a memory bank, which asks for
+documents alone, corpus.jsonl is enough. The invariant: what comes out is complete. Every id of the qrels and steps is
+known and every text is there; anything else is a `UserError` that names file and line.
 """
 
 from __future__ import annotations
@@ -30,22 +30,18 @@ class BeirReader:
         folder: The folder.
 
     Raises:
-        UserError: A file is missing. Malformed lines, unknown and repeated ids are found while reading.
+        UserError: There is no corpus.jsonl. That other files are missing is told by `queries` and `fingerprint`, so
+            before a store is begun; malformed lines, unknown and repeated ids are found while reading.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name, self.dropped = folder, folder.resolve().name, Dropped()
         self.qrels = sorted((folder / "qrels").glob("*.tsv"))
-        for file in (folder / "corpus.jsonl", folder / "queries.jsonl"):
-            if not file.is_file():
-                raise UserError(f"{file}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv")
-        if not self.qrels:
-            raise UserError(f"{folder / 'qrels'}: no *.tsv file; add qrels/train.tsv with query-id, corpus-id, score")
+        self._file("corpus.jsonl")
 
     def fingerprint(self) -> str:
         """Of all files: see `file_state`."""
-        files = (self.folder / "corpus.jsonl", self.folder / "queries.jsonl", *self.qrels)
-        return hashlib.sha256("".join(map(file_state, files)).encode()).hexdigest()
+        return hashlib.sha256("".join(map(file_state, self._files())).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
         """Every document, its title in front."""
@@ -57,8 +53,9 @@ class BeirReader:
 
     def queries(self) -> Iterator[Query]:
         """Every query that the qrels name."""
+        _, queries, *_ = self._files()
         relation = self._relation()
-        for place, record in _records(self.folder / "queries.jsonl"):
+        for place, record in _records(queries):
             relevant = relation.pop(record["_id"], None)
             if relevant is None:
                 self.dropped.add("queries without a relevant document")
@@ -76,6 +73,21 @@ class BeirReader:
     def unknown(self, query: str, document: str) -> None:
         """Names the line that wants a document that is not there."""
         self._complain(query, document)
+
+    def _files(self) -> tuple[Path, ...]:
+        """All files of a corpus to train on."""
+        files = self._file("corpus.jsonl"), self._file("queries.jsonl"), *self.qrels
+        if not self.qrels:
+            raise UserError(
+                f"{self.folder / 'qrels'}: no *.tsv file; add qrels/train.tsv with query-id, corpus-id, score"
+            )
+        return files
+
+    def _file(self, name: str) -> Path:
+        file = self.folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv")
+        return file
 
     def _relation(self) -> Relation:
         relation: Relation = {}

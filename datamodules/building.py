@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from datamodules.answers import holds_answer
-from datamodules.records import CorpusReader, Query
+from datamodules.records import CorpusReader, Query, encodable
 from datamodules.shards import Written, text_digest, tokenise_documents, tokenise_queries
 from datamodules.store import DOCUMENTS, FORMAT, MANIFEST, Store, open_table
 from msa_train.errors import UserError
@@ -139,8 +139,8 @@ class _Build:
     def _unique(self) -> Iterator[dict[str, Any]]:
         seen: dict[bytes, int] = {}
         for document in self.reader.documents():
-            _encodable(document.id, document.id)
-            digest = text_digest(_encodable(document.text, document.id))
+            encodable(document.id, document.id)
+            digest = text_digest(encodable(document.text, document.id))
             known = self.number.get(document.id)
             place = seen.get(digest)
             if known is not None:
@@ -159,7 +159,7 @@ class _Build:
         opened = open_table(self.folder, "documents", DOCUMENTS)
         for query in self.reader.queries():
             self.progress.advance("queries")
-            _encodable("".join((query.id, query.text, *query.answers)), query.id)
+            encodable("".join((query.id, query.text, *query.answers)), query.id)
             # what one split says of a question must not be trained on in another: a row for each
             alike = len({frozenset(names) for names in query.relevant.values()}) == 1
             for splits in [tuple(query.relevant)] if alike else [(split,) for split in query.relevant]:
@@ -271,14 +271,6 @@ def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encodable(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"record {name!r}: half a surrogate pair in its text; write it as UTF-8") from error
-    return text
 
 
 def _write_aside(file: Path, content: bytes) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s starts jax where that is installed, which takes a GPU's memory
+import bm25s
 
 
 class LexicalIndex:

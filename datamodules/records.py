@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from msa_train.errors import UserError
+
 EDGE = 65_536
 
 
@@ -59,6 +61,19 @@ class Dropped:
     def add(self, reason: str) -> None:
         """Counts one."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
+
+
+def encodable(text: str, name: str) -> str:
+    """The text itself, if it can be written as UTF-8.
+
+    Raises:
+        UserError: Half a surrogate pair is in it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"record {name!r}: half a surrogate pair in its text; write it as UTF-8") from error
+    return text
 
 
 def file_state(file: Path) -> str:

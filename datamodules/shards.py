@@ -1,4 +1,4 @@
-"""One shard of a store: split, tokenised and written by whichever process it falls to.
+"""Documents split and tokenised, and one shard of a store written of them by whichever process it falls to.
 
 The invariant: a shard's file says which records it was made of, and is complete or absent; so a build that was broken
 off keeps what it has.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,29 @@ from datamodules.store import DOCUMENTS, QUERIES, Ragged
 from msa_train.protocol import Protocol, neutralise
 
 BATCH = 512  # rows per Arrow record batch
-SLICE = 256  # texts tokenised at once
+# texts and characters tokenised at once: a tokenizer's own results take ten times their room
+SLICE = 256
+SLICE_CHARACTERS = 8_000_000
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document, or a part of one that is too long; the columns of store.DOCUMENTS.
+
+    Args:
+        id: The source's id, with `#1`, `#2`, ... behind it where there are several parts.
+        source: Id of the document.
+        start: Where its text begins in the document's.
+        text: Its words.
+        tokens: Token ids of `" " + text`.
+    """
+
+    id: str
+    source: str
+    start: int
+    text: str
+    tokens: NDArray[np.int32]
 
 
 @dataclass
@@ -51,21 +73,11 @@ def tokenise_documents(protocol: Protocol, file: Path, records: list[dict[str, A
     """Splits and tokenises documents and writes them, unless `file` holds them already."""
     key = _key(records)
     if not _holds(file, key):
-        rows: list[dict[str, Any]] = []
-        for record, ids in zip(records, _tokens(protocol, [f" {record['text']}" for record in records]), strict=True):
-            source, text = record["id"], record["text"]
-            parts = [(0, text, ids)] if len(ids) <= limit else list(_parts(protocol, text, limit))
-            for number, (start, part, tokens) in enumerate(parts, start=1):
-                rows.append(
-                    {
-                        "id": source if len(parts) == 1 else f"{source}#{number}",
-                        "source": source,
-                        "start": start,
-                        "text": part,
-                        "tokens": tokens,
-                        "digest": int.from_bytes(text_digest(part)[:8], "big", signed=True),
-                    }
-                )
+        documents = ((record["id"], record["text"]) for record in records)
+        rows = [
+            {**vars(part), "digest": int.from_bytes(text_digest(part.text)[:8], "big", signed=True)}
+            for part in split_documents(protocol, documents, limit)
+        ]
         write_rows(file, rows, DOCUMENTS, key)
     table = read_rows(file)
     sources = dict.fromkeys(record["id"] for record in records)
@@ -98,14 +110,45 @@ def tokenise_queries(protocol: Protocol, file: Path, records: list[dict[str, Any
     return Written(input=key, counts=counts)
 
 
+def split_documents(protocol: Protocol, documents: Iterable[tuple[str, str]], limit: int) -> Iterator[Part]:
+    """The parts of a stream of documents, in order.
+
+    Args:
+        protocol: Tokenises.
+        documents: Id and text of each.
+        limit: Tokens of a part; a longer document is split at the ends of its sentences.
+    """
+    for some in _slices(documents, lambda document: len(document[1])):
+        written = protocol.texts([f" {text}" for _, text in some])
+        for (source, text), ids in zip(some, written, strict=True):
+            parts = [(0, text, ids)] if len(ids) <= limit else list(_parts(protocol, text, limit))
+            for number, (start, part, tokens) in enumerate(parts, start=1):
+                name = source if len(parts) == 1 else f"{source}#{number}"
+                yield Part(name, source, start, part, np.asarray(tokens, dtype=np.int32))
+
+
 def _tokens(protocol: Protocol, texts: list[str]) -> Iterator[NDArray[np.int32]]:
-    """Token ids of many texts, tokenised some at a time: a tokenizer's own results take ten times their room."""
-    for start in range(0, len(texts), SLICE):
-        for ids in protocol.texts(texts[start : start + SLICE]):
+    """Token ids of many texts."""
+    for some in _slices(texts, len):
+        for ids in protocol.texts(some):
             yield np.asarray(ids, dtype=np.int32)
 
 
-def _parts(protocol: Protocol, text: str, limit: int) -> Iterator[tuple[int, str, Any]]:
+def _slices(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """What is tokenised at once."""
+    some: list[Item] = []
+    held = 0
+    for item in items:
+        some.append(item)
+        held += characters(item)
+        if len(some) == SLICE or held >= SLICE_CHARACTERS:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
+
+
+def _parts(protocol: Protocol, text: str, limit: int) -> Iterator[tuple[int, str, list[int]]]:
     # what is counted in the whole text may be a token more in a part by itself: such a part is split again, closer
     starts = protocol.token_starts(text)
     closer = max(limit - 2, 1)
