@@ -17,8 +17,10 @@ K selected documents, M model width, H query heads, G key/value heads, W head wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +56,80 @@ class Reading:
 
     doc_score_QD: Tensor
     selected_QK: Tensor
+
+
+Found = TypeVar("Found")
+Found_co = TypeVar("Found_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[Found_co]):
+    """What a routed layer is to attend to.
+
+    Args:
+        key_CGW: Keys of chunks on the device, at least those of the selected documents.
+        value_CGW: Their values.
+        chunks: Layout of these rows.
+        selected_QK: Selected documents of that layout; -1 where there is none left.
+        found: What the choice is told as.
+    """
+
+    key_CGW: Tensor
+    value_CGW: Tensor
+    chunks: ChunkLayout
+    selected_QK: Tensor
+    found: Found_co
+
+
+class RoutedMemory(Protocol[Found_co]):
+    """The documents of one routed layer, wherever they are kept."""
+
+    def choose(self, query_XR: Tensor, offsets_Q: Tensor, heads: int, top_k: int) -> Chosen[Found_co]:
+        """Selects documents.
+
+        Args:
+            query_XR: q~ of the routing tokens, query after query, float32.
+            offsets_Q: Where each query's tokens begin, Q + 1 values, int64.
+            heads: H.
+            top_k: Documents to select per query.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PackMemory:
+    """Documents that are all on the device: a pack's, or a short memory's.
+
+    Args:
+        memory: What the layer keeps of them.
+        chunks: Their chunk layout.
+        excluded_QD: Documents that a query must not select, bool.
+        selected_QK: A selection to use instead of the best: recomputation hands back that of the first pass, since a
+            tie that falls the other way would change the shapes.
+    """
+
+    memory: LayerMemory
+    chunks: ChunkLayout
+    excluded_QD: Tensor | None = None
+    selected_QK: Tensor | None = None
+
+    def choose(self, query_XR: Tensor, offsets_Q: Tensor, heads: int, top_k: int) -> Chosen[Reading]:
+        """Selects the best of all, with their scores' gradient."""
+        with torch.autocast(query_XR.device.type, enabled=False):
+            score_QD = document_scores(query_XR, offsets_Q, self.memory.router_key_CR, self.chunks, heads)
+        if self.excluded_QD is not None:
+            score_QD = score_QD.masked_fill(self.excluded_QD, -torch.inf)
+        selected_QK = select_documents(score_QD, top_k) if self.selected_QK is None else self.selected_QK
+        reading = Reading(score_QD, selected_QK)
+        return Chosen(self.memory.key_CGW, self.memory.value_CGW, self.chunks, selected_QK, reading)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values that one context attends to in one layer: [template head; chosen chunks; its tokens so far]."""
+
+    key_NGW: Tensor
+    value_NGW: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,53 +207,69 @@ class MemorySparseAttention:
         hidden_AM: Tensor,
         rope: Rope,
         contexts: Contexts,
-        memory: LayerMemory | None = None,
-        chunks: ChunkLayout | None = None,
-        excluded_QD: Tensor | None = None,
+        memory: RoutedMemory[Found] | None = None,
         top_k: int | None = None,
-        selected_QK: Tensor | None = None,
-    ) -> tuple[Tensor, Reading | None]:
+        caches: list[LayerCache] | None = None,
+    ) -> tuple[Tensor, Found | None]:
         """Active contexts through this layer.
 
         Args:
             hidden_AM: Normed states of template head and contexts.
             rope: Rotary factors of their global positions.
             contexts: Their layout.
-            memory: What `encode` left, or a bank's part; None where the layer does not route.
-            chunks: The memory's chunk layout.
-            excluded_QD: Documents that a query must not select, bool.
+            memory: The documents; None where the layer does not route.
             top_k: Documents to select, where it differs from the layer's own.
-            selected_QK: A selection to use instead of the best: recomputation hands back that of the first pass, since
-                a tie that falls the other way would change the shapes.
+            caches: Takes what every context attended to, in order, so that `extend` can go on from there.
 
         Returns:
-            The attention output [A, M] and, where the layer routes, the scores and the selection.
+            The attention output [A, M] and, where the layer routes, what was found.
         """
         query = self._query(hidden_AM, rope)
         key, value = self._key_value(hidden_AM, rope)
-        if memory is None or chunks is None:
+        found, longest = None, contexts.head + contexts.longest
+        if memory is None:
             rows, offsets = context_rows(contexts)
-            longest = contexts.head + contexts.longest
-            return self._attend_rows(query, key, value, rows, offsets, longest, contexts), None
+        else:
+            query_XR = self._routing_query(hidden_AM, contexts)
+            chosen = memory.choose(query_XR, contexts.routing_offsets_Q, self.heads, top_k or self.top_k)
+            rows, offsets = context_rows(contexts, chosen.chunks, chosen.selected_QK)
+            key = torch.cat([key, chosen.key_CGW.to(key.dtype)])
+            value = torch.cat([value, chosen.value_CGW.to(value.dtype)])
+            longest += chosen.chunks.largest_sums[chosen.selected_QK.shape[1]]
+            found = chosen.found
+        key, value = key.index_select(0, rows), value.index_select(0, rows)
+        if caches is not None:
+            bounds = offsets.tolist()
+            caches.extend(LayerCache(key[a:b], value[a:b]) for a, b in zip(bounds[1:], bounds[2:], strict=False))
+        sequences = Sequences(contexts.offsets_Q, offsets, max(contexts.head, contexts.longest), longest)
+        return self._attend(query, key, value, sequences), found
 
-        score_QD = self._score(hidden_AM, contexts, memory, chunks)
-        if excluded_QD is not None:
-            score_QD = score_QD.masked_fill(excluded_QD, -torch.inf)
-        if selected_QK is None:
-            selected_QK = select_documents(score_QD, top_k or self.top_k)
-        reading = Reading(score_QD, selected_QK)
-        rows, offsets = context_rows(contexts, chunks, reading.selected_QK)
-        most = chunks.largest_sums[reading.selected_QK.shape[1]]
-        key = torch.cat([key, memory.key_CGW.to(key.dtype)])
-        value = torch.cat([value, memory.value_CGW.to(value.dtype)])
-        longest = contexts.head + most + contexts.longest
-        return self._attend_rows(query, key, value, rows, offsets, longest, contexts), reading
+    def extend(self, hidden_AM: Tensor, rope: Rope, caches: Sequence[LayerCache], lengths: Sequence[int]) -> Tensor:
+        """Further tokens of contexts that were read, through this layer; their caches grow.
 
-    def _score(self, hidden_AM: Tensor, contexts: Contexts, memory: LayerMemory, chunks: ChunkLayout) -> Tensor:
+        Args:
+            hidden_AM: Normed states of the new tokens, context after context.
+            rope: Rotary factors of their global positions.
+            caches: What each context attends to so far.
+            lengths: New tokens of each, at least one.
+
+        Returns:
+            The attention output [A, M].
+        """
+        query = self._query(hidden_AM, rope)
+        keys, values = (new.split(list(lengths)) for new in self._key_value(hidden_AM, rope))
+        for cache, key, value in zip(caches, keys, values, strict=True):
+            cache.key_NGW, cache.value_NGW = torch.cat([cache.key_NGW, key]), torch.cat([cache.value_NGW, value])
+        key_lengths = [len(cache.key_NGW) for cache in caches]
+        sequences = Sequences(
+            _offsets(lengths, query.device), _offsets(key_lengths, query.device), max(lengths), max(key_lengths)
+        )
+        key, value = torch.cat([cache.key_NGW for cache in caches]), torch.cat([cache.value_NGW for cache in caches])
+        return self._attend(query, key, value, sequences)
+
+    def _routing_query(self, hidden_AM: Tensor, contexts: Contexts) -> Tensor:
         projected = self.modules.router_q_proj(hidden_AM.index_select(0, contexts.routing_index_X))
-        query_XR = routing_query(projected.unflatten(-1, (self.heads, self.width)), self.groups)
-        with torch.autocast(hidden_AM.device.type, enabled=False):
-            return document_scores(query_XR, contexts.routing_offsets_Q, memory.router_key_CR, chunks, self.heads)
+        return routing_query(projected.unflatten(-1, (self.heads, self.width)), self.groups)
 
     def _query(self, hidden: Tensor, rope: Rope) -> Tensor:
         query = self.modules.q_proj(hidden).unflatten(-1, (self.heads, self.width))
@@ -192,25 +284,15 @@ class MemorySparseAttention:
         norm = getattr(self.modules, name, None)
         return states if norm is None else norm(states)
 
-    def _attend_rows(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: Tensor,
-        offsets: Tensor,
-        longest_key: int,
-        contexts: Contexts,
-    ) -> Tensor:
-        longest_query = max(contexts.head, contexts.longest)
-        sequences = Sequences(contexts.offsets_Q, offsets, longest_query, longest_key)
-        return self._attend(query, key.index_select(0, rows), value.index_select(0, rows), sequences)
-
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Tensor:
         # under autocast a norm with float32 weights hands back float32; the kernels want one dtype
         dtype = value.dtype
         out = varlen_attention(query.to(dtype), key.to(dtype), value, sequences, self.scale, self.backend)
         return self.modules.o_proj(out.flatten(1))
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def pool_chunks(states_TX: Tensor, chunk_offsets_C: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def open_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
     if name.endswith(".json"):
         return AutoModelForCausalLM.from_config(open_config(name), dtype=dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_open(name, error) from error
 
@@ -34,7 +34,7 @@ def open_config(name: str) -> PreTrainedConfig:
     if name.endswith(".json") and not Path(name).is_file():
         raise UserError(f"model.backbone: no such file '{name}'")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(name, error) from error
 

@@ -1,7 +1,8 @@
 """`msa-train`: LightningCLI with a run folder, one-line errors, and nothing overwritten by accident.
 
 Several --config files compose, later ones win, every key can be overridden on the command line, and --print_config
-shows the result. A run lives in `{runs}/{name}/`: config.yaml, TensorBoard events, metrics.csv, last.ckpt.
+shows the result. A run lives in `{runs}/{name}/`: config.yaml, tokenizer/, backbone/config.json, TensorBoard events,
+metrics.csv, last.ckpt.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
+from msa_train.checkpoints import newest_checkpoint
+from msa_train.commands import COMMANDS, add_arguments, run_command
 from msa_train.errors import UserError
 from msa_train.jobs import Trainer
 from msa_train.loggers import ContinuedCSVLogger
 from msa_train.module import MemorySparseModule
+from msa_train.runs import BACKBONE, TOKENIZER, save_recall
 
 # the jobs around training, and the arguments of theirs that are no options
 JOBS = {
@@ -103,6 +107,13 @@ class MemoryCLI(LightningCLI):
             **LightningCLI.subcommands(),
             **JOBS,
         }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        for name in COMMANDS:  # that the help may list them; `build` runs them without all of this
+            command = _command_parser(name)
+            parser._subcommands_action.add_subcommand(name, command, help=command.description)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -206,22 +217,58 @@ class MemoryCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
 
+def _command_parser(name: str) -> Parser:
+    parser = Parser(prog=f"msa-train {name}", description=(COMMANDS[name].__doc__ or "").partition("\n")[0])
+    add_arguments(parser, name)
+    return parser
+
+
 class SaveConfig(SaveConfigCallback):
-    """Keeps config.yaml of what trains; testing a run leaves it alone."""
+    """Keeps of what trains all that it takes to ask it later (see runs.py); testing a run leaves that alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Saves when fitting."""
+        """Saves config.yaml when fitting."""
         if stage == "fit" and trainer.loggers:
             # the file repeats the run elsewhere; it must neither delete this one nor resume it
             self.config = self.config.clone()
             self.config.overwrite, self.config.ckpt_path = False, None
             super().setup(trainer, pl_module, stage)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves tokenizer/ and backbone/config.json beside it, now that there is a model: with them the run's folder
+        can be moved, and needs neither its corpus nor its backbone's folder."""
+        assert isinstance(pl_module, MemorySparseModule)
+        if not trainer.loggers:
+            return
+        folder = Path(trainer.log_dir or "")  # asked for by every rank: the first one tells the others
+        if trainer.is_global_zero:
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / TOKENIZER)
+            pl_module.net.backbone.config.save_pretrained(folder / BACKBONE)
 
-def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI:
-    """The command line over `args` (sys.argv by default); `run=False` stops before the subcommand's work."""
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves how well each routed layer retrieves, by which asking weighs them. A file of its own, since Lightning
+        saves a checkpoint before it validates at the same step."""
+        assert isinstance(pl_module, MemorySparseModule)
+        if not trainer.loggers or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        folder = Path(trainer.log_dir or "")
+        if trainer.is_global_zero and pl_module.layer_recall:
+            save_recall(folder, trainer.global_step, pl_module.layer_recall)
+
+
+def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI | None:
+    """The command line over `args` (sys.argv by default); `run=False` stops before the subcommand's work.
+
+    The memory's commands need no trainer; they are run as they are, and None comes back.
+    """
     cli_class = MemoryCLI if run else _Instantiate
+    given = sys.argv[1:] if args is None else list(args)
     try:
+        if given and given[0] in COMMANDS and run:
+            run_command(given[0], _command_parser(given[0]).parse_args(given[1:]))
+            return None
         return cli_class(
             MemorySparseModule,
             L.LightningDataModule,
@@ -290,7 +337,7 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
 
 def _find_checkpoint(folder: Path, asked: str | None) -> Path | None:
     if asked == "last":
-        found = max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+        found = newest_checkpoint(folder)
         if found is None:
             raise UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
         return found

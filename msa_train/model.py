@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from msa_train.attention import LayerMemory, MemorySparseAttention, Reading, Rope
+from msa_train.attention import (
+    Found,
+    LayerCache,
+    LayerMemory,
+    MemorySparseAttention,
+    PackMemory,
+    Reading,
+    Rope,
+    RoutedMemory,
+)
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.kernels.varlen import Backend
@@ -150,9 +159,9 @@ class MemorySparseModel(nn.Module):
             ) -> tuple[Tensor, Tensor, Reading | None]:
                 doc_hidden, memory = self._encode_layer(number, doc_hidden, doc_rope, documents)
                 chosen = kept[0] if kept else None
-                hidden, reading = self._read_layer(
-                    number, hidden, rope, contexts, memory, documents.chunks, pack.excluded_QD, top_k, chosen
-                )
+                view = None if memory is None else PackMemory(memory, documents.chunks, pack.excluded_QD, chosen)
+                reading: Reading | None
+                hidden, reading = self._read_layer(number, hidden, rope, contexts, view, top_k)
                 if reading is not None and not kept:
                     kept.append(reading.selected_QK)
                 return doc_hidden, hidden, reading
@@ -201,16 +210,59 @@ class MemorySparseModel(nn.Module):
         self, contexts: Contexts, memory: DocumentMemory, top_k: int | None = None, excluded_QD: Tensor | None = None
     ) -> Output:
         """Contexts over an encoded memory."""
+        views = [PackMemory(layer, memory.chunks, excluded_QD) for layer in memory.layers]
+        return _output(*self.consult(contexts, views, top_k))
+
+    def consult(
+        self,
+        contexts: Contexts,
+        memories: Sequence[RoutedMemory[Found]],
+        top_k: int | None = None,
+        caches: list[list[LayerCache]] | None = None,
+    ) -> tuple[Tensor, list[Found]]:
+        """Contexts over any memory.
+
+        Args:
+            contexts: The contexts.
+            memories: The documents of every routed layer, in order.
+            top_k: Documents to select, where it differs from the config's.
+            caches: Takes, for every decoder layer, what each context attended to: the start of `extend`.
+
+        Returns:
+            Last states of head and contexts [A, M], before the final norm, and what every routed layer found.
+        """
         hidden, rope = self._start_contexts(contexts)
-        layers, readings = iter(memory.layers), []
-        for number in range(len(self.attention)):
-            layer_memory = next(layers) if self.attention[number].routed else None
-            hidden, reading = self._read_layer(
-                number, hidden, rope, contexts, layer_memory, memory.chunks, excluded_QD, top_k, None
-            )
-            if reading is not None:
-                readings.append(reading)
-        return _output(hidden, readings)
+        remaining, found_L = iter(memories), []
+        for number, attention in enumerate(self.attention):
+            kept: list[LayerCache] | None = None if caches is None else []
+            memory = next(remaining) if attention.routed else None
+            hidden, found = self._read_layer(number, hidden, rope, contexts, memory, top_k, kept)
+            if found is not None:
+                found_L.append(found)
+            if caches is not None and kept is not None:
+                caches.append(kept)
+        return hidden, found_L
+
+    def extend(
+        self, tokens_A: Tensor, position_A: Tensor, caches: Sequence[Sequence[LayerCache]], lengths: Sequence[int]
+    ) -> Tensor:
+        """Further tokens of contexts that were read: what reading them again with these tokens would give.
+
+        Args:
+            tokens_A: New tokens, context after context, int64.
+            position_A: Their global positions, the offset of top-k included, int64.
+            caches: For every decoder layer, the cache of each context; they grow.
+            lengths: New tokens of each context.
+
+        Returns:
+            Last states of the new tokens [A, M], before the final norm.
+        """
+        hidden = self._decoder.embed_tokens(tokens_A)
+        rope = self._rope(hidden, position_A)
+        for layer, attention, cache in zip(self._decoder.layers, self.attention, caches, strict=True):
+            out = attention.extend(layer.input_layernorm(hidden), rope, cache, lengths)
+            hidden = _residual(layer, hidden, out)
+        return hidden
 
     def logits(self, hidden_XM: Tensor) -> Tensor:
         """Next-token logits [X, V] of last states."""
@@ -254,17 +306,13 @@ class MemorySparseModel(nn.Module):
         hidden: Tensor,
         rope: Rope,
         contexts: Contexts,
-        memory: LayerMemory | None,
-        chunks: ChunkLayout,
-        excluded_QD: Tensor | None,
+        memory: RoutedMemory[Found] | None,
         top_k: int | None,
-        selected_QK: Tensor | None,
-    ) -> tuple[Tensor, Reading | None]:
+        caches: list[LayerCache] | None = None,
+    ) -> tuple[Tensor, Found | None]:
         layer = self._decoder.layers[number]
-        out, reading = self.attention[number].read(
-            layer.input_layernorm(hidden), rope, contexts, memory, chunks, excluded_QD, top_k, selected_QK
-        )
-        return _residual(layer, hidden, out), reading
+        out, found = self.attention[number].read(layer.input_layernorm(hidden), rope, contexts, memory, top_k, caches)
+        return _residual(layer, hidden, out), found
 
 
 def _residual(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

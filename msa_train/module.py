@@ -10,7 +10,6 @@ held-out queries, routed over their whole pack.
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from msa_train.backbone import fit_vocabulary, open_backbone, open_config
+from msa_train.checkpoints import (
+    DTYPES,
+    check_architecture,
+    check_chunk_size,
+    read_checkpoint,
+    restore,
+)
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.kernels.varlen import Backend
@@ -34,7 +40,6 @@ from msa_train.protocol import RoutingWords
 from msa_train.routing import select_documents
 
 COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MemorySparseModule(L.LightningModule):
@@ -85,6 +90,7 @@ class MemorySparseModule(L.LightningModule):
         self._skipped = torch.zeros(())
         self._resuming = False
         self._loaded_step = 0
+        self.layer_recall: dict[int, float] = {}
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -120,12 +126,10 @@ class MemorySparseModule(L.LightningModule):
         model = self.blank(tokens)
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
         if source is not None and source.is_file():
-            ours = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-            saved = _read_checkpoint(source)
-            check_architecture(ours, saved, str(source))
-            trained = saved["msa_train"]["chunk_size"]
-            if self._resuming and trained != self.msa.chunk_size:
-                raise UserError(f"{source}: trained with msa.chunk_size {trained}, this run has {self.msa.chunk_size}")
+            saved = read_checkpoint(source)
+            check_architecture(model, saved, str(source))
+            if self._resuming:
+                check_chunk_size(self.msa, saved, str(source))
 
     def configure_model(self) -> None:
         """Opens the backbone and attaches routers, once."""
@@ -266,9 +270,14 @@ class MemorySparseModule(L.LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Logs every split, and warns once when the router has collapsed."""
-        for number, split in enumerate(self._splits()):
-            values = self.held_out[number].compute()
+        """Logs every split, keeps how well each layer routes, and warns once when the router has collapsed."""
+        found = [metric.compute() for metric in self.held_out]
+        self.layer_recall = {
+            layer: sum(float(values[f"layer_{layer}/recall@1"]) for values in found) / len(found)
+            for layer in self.net.routed_layers
+            if found
+        }
+        for number, (split, values) in enumerate(zip(self._splits(), found, strict=True)):
             for name, value in values.items():
                 self.log(f"routing/{name}/{split}", value)
             for name, value in self.held_out_loss[number].compute().items():
@@ -317,21 +326,12 @@ class MemorySparseModule(L.LightningModule):
         Raises:
             UserError: It is no checkpoint, or of another architecture.
         """
-        checkpoint = _read_checkpoint(path)
-        with torch.random.fork_rng(devices=[]):
-            backbone = AutoModelForCausalLM.from_config(open_config(self.backbone_name), dtype=DTYPES[self.dtype_name])
-            fit_vocabulary(backbone, tokens)
-            net = MemorySparseModel(backbone, self.msa, self.backend)
-        check_architecture(
-            {f"model.{name}": weight for name, weight in net.state_dict().items()}, checkpoint, str(path)
-        )
-        weights = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
-        net.load_state_dict(weights)
-        return net
+        dtype = DTYPES[self.dtype_name]
+        return restore(self.backbone_name, self.msa, dtype, path, tokens, self.backend)
 
     def _load_weights(self, path: str) -> None:
-        checkpoint = _read_checkpoint(Path(path))
-        check_architecture(self.state_dict(), checkpoint, path)
+        checkpoint = read_checkpoint(Path(path))
+        check_architecture(self.net, checkpoint, path)
         self.load_state_dict(checkpoint["state_dict"])
 
     # --- helpers ------------------------------------------------------------------------------------------------
@@ -373,37 +373,6 @@ class SkippingAdamW(torch.optim.AdamW):
     grad_scale = None
     # Lightning takes a fused optimiser for one that unscales float16 gradients itself, and then refuses to clip
     _step_supports_amp_scaling = property(lambda self: False, lambda self, value: None)
-
-
-def check_architecture(ours: dict[str, Tensor], checkpoint: dict[str, Any], place: str) -> None:
-    """Holds a checkpoint's names and shapes against a model's.
-
-    Raises:
-        UserError: They differ; the first difference is named.
-    """
-    theirs = checkpoint["state_dict"]
-    for name, weight in ours.items():
-        if name not in theirs:
-            raise UserError(f"{place}: another architecture: it has no '{name}'")
-        if theirs[name].shape != weight.shape:
-            raise UserError(
-                f"{place}: another architecture: '{name}' is {tuple(theirs[name].shape)} there, "
-                f"{tuple(weight.shape)} here"
-            )
-    extra = next((name for name in theirs if name not in ours), None)
-    if extra is not None:
-        raise UserError(f"{place}: another architecture: it has '{extra}', which this model lacks")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().partition(chr(10))[0]})") from error
-    missing = {"state_dict", "msa_train"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))})")
-    return checkpoint
 
 
 def parameter_groups(model: MemorySparseModel, weight_decay: float) -> list[dict[str, Any]]:

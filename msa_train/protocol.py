@@ -230,29 +230,57 @@ class Protocol:
                 before the last are given: their text stands in the context and routes like the question.
             answer: Token ids of `" " + answer`, or None to end after the retrieval step.
         """
-        fixed, draft = self._fixed, _Draft()
-        draft.add(fixed[ASK])
-        first = 0 if self.routing_words == "prompt" else len(draft.tokens)
-        draft.add(question)
-        last = len(draft.tokens)
-        draft.add(fixed[RETURN])
-        routing = [(first, len(draft.tokens) if self.routing_words == "prompt" else last)]
-        draft.add([self.end, *fixed["\n"], self.start])
         *given, wanted = steps
-        for step in given:
-            for source in step:
-                draft.add(self._number(source.number))
-            draft.add([self.ref])
-            routing.extend(self._inject(draft, step))
-        for source in wanted:
-            draft.add(self._number(source.number), label=True)
-        draft.add([self.ref], label=True)
+        draft, routing = self._ask(question, given)
+        draft.add(self.retrieval([source.number for source in wanted]), label=True)
         if answer is not None:
             self._inject(draft, wanted)
-            draft.add(fixed[STOP], label=True)
-            draft.add([self.start, *fixed[REPEAT], *question, *fixed["\n"], self.ref])
-            draft.add([*fixed[ANSWER.rstrip()], *answer, self.end], label=True)
+            draft.add(self.stop, label=True)
+            draft.add(self.repetition(question))
+            draft.add([*self.lead, *answer, self.end], label=True)
         return Context(draft.tokens, draft.labelled, routing)
+
+    def asking(self, question: Sequence[int], given: Sequence[Sequence[Source]] = ()) -> Context:
+        """What stands before the next retrieval step when a question is asked, exactly as `context` writes it.
+
+        Args:
+            question: Token ids of the question.
+            given: Documents of the steps so far; their text stands in the context and routes as well.
+        """
+        draft, routing = self._ask(question, given)
+        return Context(draft.tokens, draft.labelled, routing)
+
+    def retrieval(self, numbers: Sequence[int]) -> list[int]:
+        """A retrieval step: the documents' numbers and the control token that ends them."""
+        return [*(token for number in numbers for token in self._number(number)), self.ref]
+
+    def injection(self, step: Sequence[Source]) -> list[int]:
+        """The original text of a step's documents."""
+        draft = _Draft()
+        self._inject(draft, step)
+        return draft.tokens
+
+    def repetition(self, question: Sequence[int]) -> list[int]:
+        """What is appended behind the end of retrieval, before the answer."""
+        return [self.start, *self._fixed[REPEAT], *question, *self._fixed["\n"], self.ref]
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """The end of retrieval."""
+        return self._fixed[STOP]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The words that lead an answer."""
+        return self._fixed[ANSWER.rstrip()]
+
+    def numbers(self, tokens: Sequence[int]) -> list[int]:
+        """The documents that a written retrieval step names, in its order, each once.
+
+        Numbers of more than nine digits are no document's and are left out; so is whatever else was written.
+        """
+        words: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return list(dict.fromkeys(int(digits) for digits in re.findall(r"\[([0-9]{1,9})\]", words)))
 
     def instruction(self, prompt: Sequence[int], response: Sequence[int]) -> Context:
         """One chat turn: no document, no number. Its routing span is there for the layout alone; nothing is selected.
@@ -265,6 +293,21 @@ class Protocol:
         draft.add([*prompt, self.end, *self._fixed["\n"], self.start, *self._fixed[ASSISTANT]])
         draft.add([*response, self.end], label=True)
         return Context(draft.tokens, draft.labelled, [(0, 1)])
+
+    def _ask(self, question: Sequence[int], given: Sequence[Sequence[Source]]) -> tuple[_Draft, list[tuple[int, int]]]:
+        """The question and the steps so far, with the spans that route."""
+        fixed, draft = self._fixed, _Draft()
+        draft.add(fixed[ASK])
+        first = 0 if self.routing_words == "prompt" else len(draft.tokens)
+        draft.add(question)
+        last = len(draft.tokens)
+        draft.add(fixed[RETURN])
+        routing = [(first, len(draft.tokens) if self.routing_words == "prompt" else last)]
+        draft.add([self.end, *fixed["\n"], self.start])
+        for step in given:
+            draft.add(self.retrieval([source.number for source in step]))
+            routing.extend(self._inject(draft, step))
+        return draft, routing
 
     def _inject(self, draft: _Draft, step: Sequence[Source]) -> list[tuple[int, int]]:
         """Writes the original text of a step's documents; returns where their words are."""

@@ -52,9 +52,8 @@ def test_without_documents_the_model_is_hugging_faces(model_type: str) -> None:
     position = torch.tensor([[*range(3), *range(7, 18)]])  # the offset of top-k stays, so hand it over
     theirs = backbone(ids, position_ids=position).logits[0]
     hidden, rope = model._start_contexts(contexts)
-    layout = Documents.build([[1]], 1).chunks
     for number in range(4):
-        hidden, _ = model._read_layer(number, hidden, rope, contexts, None, layout, None, None, None)
+        hidden, _ = model._read_layer(number, hidden, rope, contexts, None, None)
     torch.testing.assert_close(model.logits(hidden), theirs, atol=1e-5, rtol=1e-4)
 
 

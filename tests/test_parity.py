@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Config, Qwen3RotaryEmbedding
 
-from msa_train.attention import MemorySparseAttention, Reading, Rope
+from msa_train.attention import MemorySparseAttention, PackMemory, Reading, Rope
 from msa_train.losses import RoutingLoss, routing_loss
 from msa_train.pack import Context, Contexts, Documents
 from msa_train.routing import router_projector
@@ -62,8 +62,9 @@ class Recorded:
         contexts = Contexts.build(context[:3], [body])
         document_rows, context_rows = torch.cat(by_document), torch.tensor(context)
         out, memory = self.layer.encode(self.hidden[sample][document_rows], self.rope(sample, document_rows), documents)
+        view = None if memory is None else PackMemory(memory, documents.chunks)
         read, reading = self.layer.read(
-            self.hidden[sample][context_rows], self.rope(sample, context_rows), contexts, memory, documents.chunks
+            self.hidden[sample][context_rows], self.rope(sample, context_rows), contexts, view
         )
         assert out is not None
         return torch.cat([document_rows, context_rows]), torch.cat([out, read]), reading

@@ -1,0 +1,300 @@
+"""The memory's commands: encode a corpus, ask it, look after a bank.
+
+They need a run's folder and no config: what the model is, and how it reads text, stands in the folder. What a document
+or an answer says goes to the terminal as text alone: control characters in it are shown, not obeyed.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from msa_train.errors import UserError
+from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written
+from msa_train.kernels.maxsim import Precision
+from msa_train.memory import BankFolder, Encoder, Passage, Size
+from msa_train.memory.room import check_room, gib
+from msa_train.runs import Run, open_run
+
+PASSAGES = "datamodules.passages:open_passages"  # by name: the library does not import it
+LARGEST = 2**32 - 2  # number of a document
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def encode(
+    model: str,
+    corpus: str,
+    out: str,
+    keys: Precision = "bfloat16",
+    estimate: bool = False,
+    batch_tokens: int | None = None,
+    device: Device = "auto",
+) -> None:
+    """Encode a corpus into a memory bank, once; an encoding that is broken off goes on.
+
+    Args:
+        model: Folder of a trained run, or a checkpoint in one.
+        corpus: What to encode: a folder with a corpus.jsonl, or whatever else data.corpus takes.
+        out: Folder of the bank.
+        keys: Precision of the routing keys, which every question reads all of.
+        estimate: Say what the bank will take, and encode nothing.
+        batch_tokens: Tokens encoded at a time; by default 65,536, and on a CPU each document alone, which makes a
+            changed bank bitwise the one that is encoded anew.
+        device: Where to encode.
+    """
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UserError(f"--batch_tokens is {batch_tokens}: give at least 1")
+    folder = BankFolder(out)
+    if folder.exists() and not estimate:
+        raise UserError(f"{out} holds a bank already: `msa-train bank {out} --add {corpus}` adds to it")
+    run = open_run(model)
+    encoder = Encoder(run.model.to(_device(device)), run.protocol, keys, batch_tokens)
+    with _counting("Counting") as count:
+        size = encoder.size(count(_passages(corpus, run)))
+    _print_size(encoder, size)
+    if estimate:
+        return
+    check_room(Path(out), size.bytes)
+    with _bar("Encoding", size.tokens) as advance:
+        encoder.advance = advance
+        folder.encode(encoder, _passages(corpus, run), run=str(run.folder.resolve()), corpus=corpus)
+    _say(f"bank        {out}")
+
+
+def ask(model: str, bank: str, question: str | None, config: AskConfig, device: Device = "auto") -> None:
+    """Ask a memory bank: the answer as it is written, then the documents that it comes from.
+
+    Args:
+        model: Folder of the run that encoded the bank, or a checkpoint in one.
+        bank: Folder of the bank.
+        question: What to ask; without one, questions are read from the terminal until an empty line.
+        config: How to answer.
+        device: Where to answer.
+    """
+    if question is not None and not question.strip():
+        raise UserError("the question is empty")
+    run, place = open_run(model), _device(device)
+    opened = BankFolder(bank).open(place)
+    Encoder(run.model.to(place), run.protocol).check(opened)
+    answerer = Answerer(run.model, run.protocol, opened, run.layer_weights, config)
+    if question is not None:
+        _answer(answerer, question)
+        return
+    _say(f"{len(opened):,} documents, {opened.tokens:,} tokens. Ask; an empty line ends.")
+    for line in _questions():
+        try:
+            _answer(answerer, line)
+        except UserError as error:
+            _say(f"msa-train: error: {error}")
+        except KeyboardInterrupt:
+            _say("\n(broken off)")
+
+
+def bank(
+    bank: str,
+    add: str | None = None,
+    remove: list[str] | None = None,
+    verify: bool = False,
+    model: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Look into a memory bank, change it, or verify its files. Without an option: what is in it.
+
+    Args:
+        bank: Folder of the bank.
+        add: Corpus to encode into it. A document whose name is there already takes the other's place if its words
+            differ, and is left alone if they do not.
+        remove: Names of documents to take out.
+        verify: Read all files and compare their checksums.
+        model: The run that encoded the bank, if it is no longer where it was.
+        device: Where to encode.
+    """
+    folder = BankFolder(bank)
+    if add is not None:
+        _add(folder, add, model, device)
+    if remove:
+        opened = folder.open()
+        opened.remove(remove)
+        folder.save(opened)
+        _say(f"{len(remove):,} removed")
+    if verify:
+        total = sum(record["bytes"] for record in folder.manifest()["segments"])
+        with _bar("Verifying", total) as advance:
+            for _, size in folder.verify():
+                advance(size)
+        _say(f"whole: {gib(total)} read, every checksum as written")
+    _print_bank(folder)
+
+
+def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> None:
+    manifest = folder.manifest()
+    where = model or manifest.get("run")
+    if not where:
+        raise UserError(f"{folder.path}: its manifest names no run; give it: --model RUN")
+    if model is None and not Path(where).is_dir():
+        raise UserError(f"{folder.path}: the run that encoded it is no longer at '{where}'; give it: --model RUN")
+    run, opened = open_run(where), folder.open()
+    encoder = Encoder(run.model.to(_device(device)), run.protocol, opened.shape.precision)
+    encoder.check(opened)
+    new: list[Passage] = []
+    changed: list[Passage] = []
+    alike = 0
+    with _counting("Comparing") as count:
+        for passage in count(_passages(corpus, run)):
+            if not opened.has(passage.id):
+                new.append(passage)
+            elif opened.text(opened.number(passage.id)) != passage.text:
+                changed.append(passage)
+            else:
+                alike += 1
+    check_room(folder.path, encoder.size([*new, *changed]).bytes)
+    with _bar("Encoding", sum(len(passage.tokens) for passage in (*new, *changed))) as advance:
+        encoder.advance = advance
+        encoder.add(opened, new)
+        encoder.replace(opened, changed)
+    folder.save(opened)
+    _say(f"{len(new):,} added, {len(changed):,} replaced, {alike:,} as they were")
+
+
+def _answer(answerer: Answerer, question: str) -> None:
+    for _, event in answerer.stream([question]):
+        if isinstance(event, Written):
+            sys.stdout.write(printable(event.text))
+            sys.stdout.flush()
+        elif isinstance(event, Answer):
+            _say("\n" if event.text else "(no word)\n")
+            for document in event.documents:
+                _say(_line(document))
+            for note in event.notes:
+                _say(f"note: {note}")
+
+
+def _line(document: Retrieved) -> str:
+    words = " ".join(document.text.split())
+    shown = words if len(words) <= 60 else f"{words[:57]}..."
+    return printable(f"[{document.number}] {document.id}  {document.score:.3f}  step {document.step}  {shown}")
+
+
+def printable(text: str) -> str:
+    r"""Text whose control characters are shown, not obeyed: a document may hold a terminal's commands.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\ufffd[2Jb\n'
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            line = input("\n? " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _passages(corpus: str, run: Run) -> Iterator[Passage]:
+    positions = getattr(run.model.backbone.config, "max_position_embeddings", run.max_document_tokens)
+    limit = min(run.max_document_tokens, positions - run.protocol.wrapping(LARGEST))
+    return pkgutil.resolve_name(PASSAGES)(corpus, run.protocol, limit)
+
+
+def _device(name: Device) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here; give --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _print_size(encoder: Encoder, size: Size) -> None:
+    _say(f"documents   {size.documents:,}, {size.tokens:,} tokens, {size.chunks:,} chunks")
+    _say(f"routing     {gib(size.key_bytes)} in {encoder.shape.precision}, on the device that searches")
+    _say(f"attention   {gib(size.value_bytes)} in {encoder.shape.dtype}, in host memory or on disk")
+    _say(f"on disk     {gib(size.bytes)}, the texts included")
+
+
+def _print_bank(folder: BankFolder) -> None:
+    manifest = folder.manifest()
+    shape = manifest["shape"]
+    removed = sum(len(record["removed"]) for record in manifest["segments"])
+    _say(f"bank        {folder.path}")
+    _say(f"documents   {manifest['documents']:,}, {manifest['tokens']:,} tokens, {manifest['chunks']:,} chunks")
+    _say(f"files       {len(manifest['segments'])}, {gib(sum(record['bytes'] for record in manifest['segments']))}")
+    _say(
+        f"layers      {', '.join(map(str, shape['layers']))}; routing keys {shape['precision']}, rest {shape['dtype']}"
+    )
+    if removed:
+        _say(f"removed     {removed:,}, still in their files")
+    if "run" in manifest:
+        _say(printable(f"encoded by  {manifest['run']}"))
+
+
+def _say(text: str) -> None:
+    get_console().print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[Iterable[Passage]], Iterator[Passage]]]:
+    """Shows how many documents went by."""
+    columns = (TextColumn("{task.description}: {task.completed:,} documents"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not get_console().is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def counted(passages: Iterable[Passage]) -> Iterator[Passage]:
+            for passage in passages:
+                progress.advance(task)
+                yield passage
+
+        yield counted
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over tokens or bytes."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not get_console().is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+# --- on the command line ------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "ask": ask, "bank": bank}
+
+
+def add_arguments(parser: Any, name: str) -> None:
+    """Declares a command's arguments; their help is the function's docstring."""
+    by_hand: dict[str, dict[str, Any]] = {}
+    if name == "encode":
+        by_hand = {"--estimate": {"action": "store_true", "help": "Say what the bank will take, and encode nothing."}}
+    elif name == "ask":
+        by_hand = {"question": {"nargs": "?", "default": None, "help": "What to ask; without it, questions are read."}}
+        parser.add_class_arguments(AskConfig)
+    elif name == "bank":
+        by_hand = {
+            "bank": {"type": str, "help": "Folder of the bank."},
+            "--remove": {"nargs": "+", "metavar": "ID", "help": "Names of documents to take out."},
+            "--verify": {"action": "store_true", "help": "Read all files and compare their checksums."},
+        }
+    for argument, options in by_hand.items():
+        parser.add_argument(argument, **options)
+    skip = {argument.lstrip("-") for argument in by_hand} | {"config"}
+    parser.add_function_arguments(COMMANDS[name], skip=skip, as_group=False)
+
+
+def run_command(name: str, config: Any) -> None:
+    """Runs a command with its parsed arguments."""
+    given = dict(config.as_dict())
+    if name == "ask":
+        given["config"] = AskConfig(**{field.name: given.pop(field.name) for field in fields(AskConfig)})
+    COMMANDS[name](**given)

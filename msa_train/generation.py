@@ -1,0 +1,371 @@
+"""Generation: a question is routed, documents are retrieved step by step, and the answer is written.
+
+Every step reads the question, and the texts of the steps before, over the memory (`decoding.begin`); the router or the
+model itself then names documents, whose original text is appended. When the model ends retrieval, or at the limit, the
+answer is written behind the last step's context, which is where training wrote it. Two modes, which differ in who names
+the documents: `generative` (the model writes their numbers: the paper) and `router` (the best by the routers' scores).
+
+A question is a coroutine that asks for readings and extensions; `Answerer` serves those of all questions of a batch
+together. The invariant: what stands in a context is what the protocol writes, token for token; what a model wrote that
+is no document of the bank never stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from msa_train.decoding import Decoding, begin, extend
+from msa_train.errors import UserError
+from msa_train.memory import MemoryBank, ParallelBank
+from msa_train.model import MemorySparseModel
+from msa_train.pack import Context
+from msa_train.protocol import Protocol, Source, restore
+
+STEP_TOKENS = 128  # of a written retrieval step: sixteen documents with numbers of six digits
+Mode = Literal["router", "generative"]
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """How questions are answered.
+
+    Args:
+        mode: `router`: the best documents by the routers' scores are retrieved. `generative`: the model writes the
+            numbers of the documents that it wants (the paper's way).
+        documents: Documents that the router retrieves per step.
+        max_steps: Retrieval steps at most; the model ends retrieval before that when it has what it needs.
+        max_new_tokens: Length of an answer at most.
+        temperature: 0 writes the likeliest token; above, tokens are drawn, the more evenly the higher.
+        top_p: Draw from the likeliest tokens that have this probability together.
+        seed: Of the draws; question i of a call draws from (seed, i).
+    """
+
+    mode: Mode = "router"
+    documents: int = 1
+    max_steps: int = 4
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "max_steps", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"temperature is {self.temperature}, top_p {self.top_p}: give 0 or more, and above 0 up to 1"
+            )
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A document that came into a context.
+
+    Args:
+        number: Its number in the bank.
+        id: Its name.
+        text: Its words.
+        score: Its routing score: the weighted mean over layers of a cosine, from -1 to 1.
+        step: Retrieval step, from 1.
+    """
+
+    number: int
+    id: str
+    text: str
+    score: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A piece of an answer, as it is written."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and where it comes from.
+
+    Args:
+        question: What was asked.
+        text: The answer.
+        documents: The documents whose text stood in the context, in the order of their retrieval.
+        notes: What did not go as it should.
+        tokens: Tokens written.
+    """
+
+    question: str
+    text: str
+    documents: tuple[Retrieved, ...]
+    notes: tuple[str, ...]
+    tokens: int
+
+
+Event = Retrieved | Written | Answer
+
+
+@dataclass(frozen=True)
+class _Begin:
+    context: Context
+    excluded: list[int]
+
+
+@dataclass(frozen=True)
+class _Extend:
+    decoding: Decoding
+    tokens: list[int]
+
+
+@dataclass
+class _State:
+    """A context after its reading."""
+
+    logits_V: Tensor
+    decoding: Decoding
+    query_LXR: list[Tensor]
+    excluded: list[int]
+
+
+_Turn = Generator[_Begin | _Extend | Event, Any, None]
+
+
+class Answerer:
+    """Answers questions over a bank.
+
+    Args:
+        model: The model that encoded the bank, in evaluation mode.
+        protocol: Writes contexts.
+        bank: The memory: a `MemoryBank`, or a `ParallelBank` over ranks.
+        layer_weights: Weight of each routed layer where scores are ranked; equal by default.
+        config: How to answer.
+    """
+
+    def __init__(
+        self,
+        model: MemorySparseModel,
+        protocol: Protocol,
+        bank: MemoryBank | ParallelBank,
+        layer_weights: Sequence[float] | None = None,
+        config: AskConfig = AskConfig(),
+    ) -> None:
+        self.model, self.protocol, self.bank, self.config = model, protocol, bank, config
+        self.weights = tuple(layer_weights or [1.0] * len(model.routed_layers))
+        self.heads = model.attention[model.routed_layers[0]].heads
+        self.positions: int = getattr(model.backbone.config, "max_position_embeddings", 1 << 62)
+        self._warpers = LogitsProcessorList()
+        if config.temperature > 0:
+            self._warpers.append(TemperatureLogitsWarper(config.temperature))
+            if config.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(config.top_p))
+
+    def ask(self, questions: Sequence[str], batch: int = 16) -> list[Answer]:
+        """Answers questions, `batch` at a time."""
+        found: dict[int, Answer] = {}
+        for first in range(0, len(questions), batch):
+            for place, event in self.stream(questions[first : first + batch], first):
+                if isinstance(event, Answer):
+                    found[place] = event
+        return [found[place] for place in range(len(questions))]
+
+    def stream(self, questions: Sequence[str], first: int = 0) -> Iterator[tuple[int, Event]]:
+        """Answers questions side by side, and tells what happens as it does.
+
+        Args:
+            questions: The questions.
+            first: Number of the first one.
+
+        Yields:
+            A question's number, and a document that it retrieved, a piece of its answer, or the whole answer.
+
+        Raises:
+            UserError: A question is empty, or a context outgrows the model's positions.
+        """
+        if not len(self.bank):
+            raise UserError("the bank holds no document: encode some, or answer with the backbone alone")
+        turns = {first + place: self._turn(question, first + place) for place, question in enumerate(questions)}
+        waiting: dict[int, _Begin | _Extend] = {}
+        replies: dict[int, Any] = dict.fromkeys(turns)
+        while replies:
+            for place, reply in replies.items():
+                for event in self._advance(turns[place], reply):
+                    if isinstance(event, _Begin | _Extend):
+                        waiting[place] = event
+                    else:
+                        yield place, event
+            replies = self._serve(waiting)
+            waiting = {}
+
+    @staticmethod
+    def _advance(turn: _Turn, reply: Any) -> Iterator[_Begin | _Extend | Event]:
+        """What a question does until it needs the model again."""
+        try:
+            request = turn.send(reply)
+            while not isinstance(request, _Begin | _Extend):
+                yield request
+                request = turn.send(None)
+            yield request
+        except StopIteration:
+            return
+
+    def _serve(self, waiting: dict[int, _Begin | _Extend]) -> dict[int, Any]:
+        """Runs the model for all that wait: one reading, and one extension."""
+        begins = {place: request for place, request in waiting.items() if isinstance(request, _Begin)}
+        extends = {place: request for place, request in waiting.items() if isinstance(request, _Extend)}
+        replies: dict[int, Any] = {}
+        if begins:
+            replies.update(zip(begins, self._begin(list(begins.values())), strict=True))
+        if extends:
+            logits_QV = extend(
+                self.model,
+                [request.decoding for request in extends.values()],
+                [request.tokens for request in extends.values()],
+            )
+            replies.update(zip(extends, logits_QV, strict=True))
+        return replies
+
+    def _begin(self, requests: list[_Begin]) -> list[_State]:
+        layers = self.bank.layers([request.excluded for request in requests])
+        contexts = [request.context for request in requests]
+        logits_QV, decodings, recalled_L, offsets_Q = begin(self.model, self.protocol.head(), contexts, layers)
+        bounds = offsets_Q.tolist()
+        return [
+            _State(
+                logits_QV[place],
+                decodings[place],
+                [recalled.query_XR[bounds[place] : bounds[place + 1]] for recalled in recalled_L],
+                request.excluded,
+            )
+            for place, request in enumerate(requests)
+        ]
+
+    # --- one question -------------------------------------------------------------------------------------------
+
+    def _turn(self, question: str, place: int) -> _Turn:
+        if not question.strip():
+            raise UserError("the question is empty")
+        draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + place)
+        asked, notes = self.protocol.text(question), list[str]()
+        retrieved: list[Retrieved] = []
+        steps: list[list[Source]] = []
+
+        def reading() -> Generator[_Begin, _State, _State]:
+            context = self.protocol.asking(asked, steps)
+            self._check_room(len(context.tokens))
+            return (yield _Begin(context, [document.number for document in retrieved]))
+
+        state = yield from reading()
+        injected: list[int] = []
+        while True:
+            found, written = yield from self._name(state, draw, notes)
+            retrieval = self.protocol.retrieval([number for number, _ in found]) if found else []
+            if written and written != retrieval[:-1]:
+                state, written = (yield from reading()), []  # what was written is not what shall stand there
+            if not found:
+                break
+            yield from self._feed(state, retrieval[len(written) :])
+            step = [self._retrieved(number, score, len(steps) + 1) for number, score in found]
+            yield from step
+            sources = [Source(one.number, self.protocol.text(f" {one.text}")) for one in step]
+            retrieved, injected = [*retrieved, *step], self.protocol.injection(sources)
+            steps = [*steps, sources]
+            if len(steps) == self.config.max_steps or len(retrieved) >= len(self.bank):
+                break
+            following = yield from reading()
+            if self._ends(following.logits_V):
+                break
+            state, injected = following, []
+        end = [*injected, *self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead]
+        logits_V = yield from self._feed(state, end)
+        tokens = yield from self._write(state, logits_V, draw, notes)
+        words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
+        yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
+
+    def _name(
+        self, state: _State, draw: torch.Generator, notes: list[str]
+    ) -> Generator[_Extend, Tensor, tuple[list[tuple[int, float]], list[int]]]:
+        """The documents of a step with their scores, in the order of their numbers as in training; and the tokens
+        that the model wrote for it."""
+        if self.config.mode == "router":
+            return sorted(self._rank(state, self.config.documents)), []
+        control = (self.protocol.ref, self.protocol.start, self.protocol.end)
+        written: list[int] = []
+        token = self._pick(state.logits_V, draw)
+        while token not in control and len(written) < STEP_TOKENS:
+            written.append(token)
+            token = self._pick((yield from self._feed(state, [token])), draw)
+        numbers = self.protocol.numbers(written)
+        unknown = [number for number in numbers if number not in self.bank]
+        again = [number for number in numbers if number in state.excluded]
+        if unknown:
+            notes.append(f"named {_brackets(unknown)}, which the bank does not have")
+        if again:
+            notes.append(f"named {_brackets(again)} again")
+        if not numbers:
+            notes.append("named no document")
+        wanted = [number for number in numbers if number not in unknown and number not in again]
+        scores = dict(self._rank(state, len(wanted), wanted)) if wanted else {}
+        return sorted(scores.items()), written
+
+    def _rank(self, state: _State, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
+        offsets_Q = torch.tensor([0, len(state.query_LXR[0])], device=state.query_LXR[0].device)
+        found = self.bank.rank(
+            state.query_LXR, offsets_Q, self.weights, self.heads, k, [state.excluded if among is None else []], among
+        )
+        pairs = zip(found.number_QK[0].tolist(), found.score_QK[0].tolist(), strict=True)
+        return [(number, score) for number, score in pairs if number >= 0]
+
+    def _ends(self, logits_V: Tensor) -> bool:
+        """Whether the model ends retrieval: where a step may begin, the protocol has but two ways to go on."""
+        another = self.protocol.retrieval([1])[0]
+        return bool(logits_V[self.protocol.stop[0]] >= logits_V[another])
+
+    def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, Tensor, Tensor]:
+        self._check_room(state.decoding.position + len(tokens))
+        return (yield _Extend(state.decoding, tokens))
+
+    def _write(
+        self, state: _State, logits_V: Tensor, draw: torch.Generator, notes: list[str]
+    ) -> Generator[_Extend | Written, Any, list[int]]:
+        """The answer, token by token."""
+        control = (self.protocol.end, self.protocol.start, self.protocol.ref)
+        words, tokens = DecodeStream(skip_special_tokens=True), list[int]()
+        while (token := self._pick(logits_V, draw)) not in control:
+            if len(tokens) == self.config.max_new_tokens:
+                notes.append(f"stopped after {len(tokens)} tokens")
+                break
+            tokens.append(token)
+            piece = words.step(self.protocol.tokenizer.backend_tokenizer, token)
+            if piece:
+                yield Written(piece)
+            logits_V = yield from self._feed(state, [token])
+        return tokens
+
+    def _pick(self, logits_V: Tensor, draw: torch.Generator) -> int:
+        if self.config.temperature == 0:
+            return int(logits_V.argmax())
+        none: Any = torch.zeros(1, 0, dtype=torch.int64)
+        scores: Any = self._warpers(none, logits_V.float().cpu()[None])
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=draw))
+
+    def _retrieved(self, number: int, score: float, step: int) -> Retrieved:
+        return Retrieved(number, self.bank.id(number), self.bank.text(number), score, step)
+
+    def _check_room(self, position: int) -> None:
+        if position > self.positions:
+            raise UserError(
+                f"the context needs {position:,} positions, the model has {self.positions:,}: "
+                "ask for fewer documents or steps, or encode the corpus in shorter documents"
+            )
+
+
+def _brackets(numbers: Sequence[int]) -> str:
+    return ", ".join(f"[{number}]" for number in numbers)

@@ -1,0 +1,195 @@
+"""A run, opened again: the model that it trained, and how text goes in and out of it.
+
+    config.yaml            sizes and words; plain data, of which a few values are read
+    tokenizer/             the run's tokenizer
+    backbone/config.json   the backbone's shape, its vocabulary grown to the tokenizer
+    routing.json           recall@1 of every routed layer in the last validation, a mean over its splits
+    last.ckpt              weights
+
+The invariant: the folder is enough. It may be moved, no corpus or backbone beside it is asked for, and no class that
+config.yaml names is ever imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from msa_train.checkpoints import DTYPES, check_chunk_size, newest_checkpoint, read_checkpoint, restore
+from msa_train.config import MSAConfig, RouterInit
+from msa_train.errors import UserError
+from msa_train.kernels.varlen import Backend
+from msa_train.model import MemorySparseModel
+from msa_train.protocol import Protocol, RoutingWords
+
+CONFIG, TOKENIZER, BACKBONE, RECALL = "config.yaml", "tokenizer", "backbone", "routing.json"
+DOCUMENT_TOKENS = 1024  # where the run's data has no limit of its own: that of datamodules.PackedMemory
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run.
+
+    Args:
+        folder: Where it lives.
+        checkpoint: Whose weights these are.
+        model: The trained model, in eval mode, on the CPU, without gradients.
+        protocol: The run's tokenizer and words.
+        layer_weights: Share of every routed layer in the score of a document, in order, 1 in all: by recall@1 in the
+            last validation; alike where there was none, or none found anything.
+        max_document_tokens: Longer documents were split at the ends of their sentences.
+    """
+
+    folder: Path
+    checkpoint: Path
+    model: MemorySparseModel
+    protocol: Protocol
+    layer_weights: tuple[float, ...]
+    max_document_tokens: int
+
+
+def open_run(name: str | Path) -> Run:
+    """Opens a trained run.
+
+    Args:
+        name: A run's folder, of which the newest checkpoint is taken; or a checkpoint in one.
+
+    Raises:
+        UserError: It is no run, something of it is missing or damaged, or the checkpoint is of another architecture.
+    """
+    folder, checkpoint = _find(Path(name))
+    config = _Config(folder / CONFIG)
+    msa = MSAConfig(
+        chunk_size=config.whole("model.msa.chunk_size"),
+        top_k=config.whole("model.msa.top_k"),
+        routed_layers=config.wholes("model.msa.routed_layers"),
+        router_init=config.choice("model.msa.router_init", get_args(RouterInit)),
+    )
+    backend = config.choice("model.attention", get_args(Backend))
+    dtype = DTYPES[config.choice("model.weights", tuple(DTYPES))]
+    protocol = Protocol(
+        _open_tokenizer(folder / TOKENIZER), config.choice("model.routing_words", get_args(RoutingWords))
+    )
+    saved = read_checkpoint(checkpoint)
+    check_chunk_size(msa, saved, str(checkpoint))
+    backbone = str(folder / BACKBONE / "config.json")
+    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), backend)
+    return Run(
+        folder=folder,
+        checkpoint=checkpoint,
+        model=model.eval().requires_grad_(False),
+        protocol=protocol,
+        layer_weights=layer_shares(_read_recall(folder / RECALL, model.routed_layers)),
+        max_document_tokens=config.whole("data.init_args.max_document_tokens", DOCUMENT_TOKENS),
+    )
+
+
+def layer_shares(recall_L: Sequence[float]) -> tuple[float, ...]:
+    """Recall of every layer as a share of their sum; equal shares where nothing was found.
+
+    >>> layer_shares([0.5, 0.0, 1.5]), layer_shares([0.0, 0.0])
+    ((0.25, 0.0, 0.75), (0.5, 0.5))
+    """
+    total = sum(recall_L)
+    return tuple(recall / total for recall in recall_L) if total > 0 else (1 / len(recall_L),) * len(recall_L)
+
+
+def save_recall(folder: Path, step: int, recall: Mapping[int, float]) -> None:
+    """Keeps what a validation found in a run's folder.
+
+    Args:
+        folder: The run's.
+        step: Step that was validated.
+        recall: Recall@1 of every routed layer, by its number in the decoder.
+    """
+    aside = folder / f"{RECALL}.writing"
+    aside.write_text(json.dumps({"step": step, "recall@1": {str(layer): recall[layer] for layer in recall}}) + "\n")
+    aside.replace(folder / RECALL)
+
+
+def _read_recall(file: Path, layers: Sequence[int]) -> list[float]:
+    """Recall of every routed layer; zeros where nothing was validated."""
+    if not file.is_file():
+        return [0.0] * len(layers)
+    try:
+        recall_L = [float(json.loads(file.read_text())["recall@1"][str(layer)]) for layer in layers]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"{file}: not what a validation writes; delete it to have all layers weigh alike") from error
+    if not all(0 <= recall <= 1 for recall in recall_L):
+        raise UserError(f"{file}: a recall outside 0 to 1; delete it to have all layers weigh alike")
+    return recall_L
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """A run's folder and the checkpoint to take."""
+    if not path.exists():
+        raise UserError(f"no run '{path}': give a run's folder, like checkpoints/quickstart, or a checkpoint in one")
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a run of msa-train (no {CONFIG}); give the folder that `msa-train fit` wrote")
+    for part in (f"{TOKENIZER}/tokenizer_config.json", f"{BACKBONE}/config.json"):
+        if not (folder / part).is_file():
+            raise UserError(
+                f"{folder}: no {part}, as in runs of older versions; resume it once "
+                f"(msa-train fit --config {folder / CONFIG} --ckpt_path last), or train it anew"
+            )
+    checkpoint = newest_checkpoint(folder) if path.is_dir() else path
+    if checkpoint is None:
+        raise UserError(f"{folder}: no checkpoint (last*.ckpt) yet; let msa-train fit run until it saves one")
+    return folder, checkpoint
+
+
+def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a damaged file the libraries below raise whatever they stumble over
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{folder}: not a readable tokenizer ({reason}); resume the run once, which saves it anew"
+        ) from error
+
+
+class _Config:
+    """A run's config.yaml as plain data: what is read of it is checked, and nothing is made of it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self.values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except Exception as error:  # PyYAML raises far more than its own errors
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{file}: not readable YAML ({reason!a}); correct it, or resume the run once with its own configs, "
+                "which writes it anew"
+            ) from error
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1."""
+        return self._value(key, lambda value: type(value) is int and value > 0, "a whole number from 1", default)
+
+    def wholes(self, key: str) -> tuple[int, ...]:
+        """Whole numbers."""
+        numbers = self._value(
+            key, lambda value: isinstance(value, list) and all(type(n) is int for n in value), "a list of whole numbers"
+        )
+        return tuple(numbers)
+
+    def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
+        """One of a few words."""
+        return self._value(key, lambda value: value in choices, f"one of {', '.join(choices)}")
+
+    def _value(self, key: str, valid: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
+        value = self.values
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        value = default if value is None else value
+        if not valid(value):
+            found = "missing" if value is None else f"{str(value)[:40]!r}"
+            raise UserError(f"{self.file}: {key} is {found}: it must be {expected}, as it was in training")
+        return value
