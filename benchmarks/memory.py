@@ -40,7 +40,7 @@ RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 CORPUS = "python-docs"
 SPLIT = "by_name"
 EVERY = 4  # of the held-out questions: 400
-TILE = 16_384  # chunks, as on a CPU
+TILE = 4_096  # chunks, as on a CPU
 
 
 def measure(model: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def routed(
 def recall_of(best: Found, bank: MemoryBank, questions: Questions) -> dict[str, float]:
     """Share of the questions that have one of their documents first, and among the first eight."""
     hits = [
-        [bank.id(number).partition("#")[0] in gold for number in row[:8] if number > 0]
+        [re.sub(r"#[0-9]+$", "", bank.id(number)) in gold for number in row[:8] if number > 0]
         for row, (_, gold) in zip(best.number_QK.tolist(), questions, strict=True)
     ]
     return {"recall@1": statistics.mean(row[0] for row in hits), "recall@8": statistics.mean(any(row) for row in hits)}

@@ -51,7 +51,7 @@ def read_passages(reader: CorpusReader, protocol: Protocol, max_document_tokens:
 
 def _split(documents: Iterator[tuple[str, str]], protocol: Protocol, limit: int) -> Iterator[Passage]:
     for part in split_documents(protocol, documents, limit):
-        yield Passage(part.id, part.text, part.tokens)
+        yield Passage(part.id, part.text, part.tokens, part.source)
 
 
 def _documents(reader: CorpusReader) -> Iterator[tuple[str, str]]:

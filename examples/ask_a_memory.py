@@ -19,10 +19,10 @@ AVIARY = {
     "weight is in grams and must be positive.",
     "aviary.ring": "aviary.ring(bird, number) Marks a bird with a ring of the given number. A bird that has a ring "
     "already keeps the old one.",
-    "aviary.release": "aviary.release(bird, place=None) Opens the cage and removes the bird from the list. The place is "
-    "written to the log file.",
-    "aviary.census": "aviary.census(pattern='*') Yields all birds whose name matches the pattern. The order is that of "
-    "their arrival.",
+    "aviary.release": "aviary.release(bird, place=None) Opens the cage and removes the bird from the list. The place "
+    "is written to the log file.",
+    "aviary.census": "aviary.census(pattern='*') Yields all birds whose name matches the pattern. The order is that "
+    "of their arrival.",
 }
 CHANGED = "aviary.census(pattern='*') Raises an error when the cage is empty. It was deprecated in version two."
 QUESTION = "What does aviary.census do?"

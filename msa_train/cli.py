@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
 from msa_train.checkpoints import newest_checkpoint
-from msa_train.commands import COMMANDS, add_arguments, run_command
+from msa_train.commands import COMMANDS, add_arguments, printable, run_command
 from msa_train.errors import UserError
 from msa_train.jobs import Trainer
 from msa_train.loggers import ContinuedCSVLogger
@@ -303,8 +303,11 @@ def main() -> None:
         build()
     except (UserError, MisconfigurationException) as error:
         # Lightning's own word for a mistake in the trainer's arguments
-        print(f"msa-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"msa-train: error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nmsa-train: broken off", file=sys.stderr)
+        sys.exit(130)
 
 
 class _Progress(RichProgressBar):

@@ -7,7 +7,9 @@ or an answer says goes to the terminal as text alone: control characters in it a
 from __future__ import annotations
 
 import pkgutil
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from msa_train.errors import UserError
 from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written
 from msa_train.kernels.maxsim import Precision
-from msa_train.memory import BankFolder, Encoder, Passage, Size
+from msa_train.memory import BankFolder, Encoder, MemoryBank, Passage, Size, Tiers
 from msa_train.memory.room import check_room, gib
 from msa_train.runs import Run, open_run
 
@@ -82,19 +84,20 @@ def ask(model: str, bank: str, question: str | None, config: AskConfig, device: 
     """
     if question is not None and not question.strip():
         raise UserError("the question is empty")
-    run, place = open_run(model), _device(device)
-    opened = BankFolder(bank).open(place)
-    Encoder(run.model.to(place), run.protocol).check(opened)
-    answerer = Answerer(run.model, run.protocol, opened, run.layer_weights, config)
+    run, place, opened = open_run(model), _device(device), BankFolder(bank).open()
+    Encoder(run.model, run.protocol).check(opened)
+    opened = opened.to(place, Tiers(values="disk"))
+    answerer = Answerer(run.model.to(place), run.protocol, opened, run.layer_weights, config)
     if question is not None:
         _answer(answerer, question)
         return
-    _say(f"{len(opened):,} documents, {opened.tokens:,} tokens. Ask; an empty line ends.")
+    if sys.stdin.isatty():
+        _say(f"{len(opened):,} documents, {opened.tokens:,} tokens. Ask; an empty line ends.")
     for line in _questions():
         try:
             _answer(answerer, line)
         except UserError as error:
-            _say(f"msa-train: error: {error}")
+            _say(f"\nmsa-train: error: {printable(str(error))}")
         except KeyboardInterrupt:
             _say("\n(broken off)")
 
@@ -113,19 +116,24 @@ def bank(
         bank: Folder of the bank.
         add: Corpus to encode into it. A document whose name is there already takes the other's place if its words
             differ, and is left alone if they do not.
-        remove: Names of documents to take out.
+        remove: Names of documents to take out; all parts of one that was split.
         verify: Read all files and compare their checksums.
         model: The run that encoded the bank, if it is no longer where it was.
         device: Where to encode.
     """
     folder = BankFolder(bank)
     if add is not None:
-        _add(folder, add, model, device)
+        folder.manifest()
+        with folder.writing():
+            _add(folder, add, model, device)
     if remove:
-        opened = folder.open()
-        opened.remove(remove)
-        folder.save(opened)
-        _say(f"{len(remove):,} removed")
+        folder.manifest()
+        with folder.writing():
+            opened = folder.open()
+            gone = dict.fromkeys(name for wanted in remove for name in _parts(opened, wanted))
+            opened.remove(gone)
+            folder.save(opened)
+        _say(f"{len(gone):,} removed")
     if verify:
         total = sum(record["bytes"] for record in folder.manifest()["segments"])
         with _bar("Verifying", total) as advance:
@@ -148,21 +156,38 @@ def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> 
     new: list[Passage] = []
     changed: list[Passage] = []
     alike = 0
+    seen: set[str] = set()
+    sources: set[str] = set()
     with _counting("Comparing") as count:
         for passage in count(_passages(corpus, run)):
+            seen.add(passage.id)
+            sources.add(passage.source or passage.id)
             if not opened.has(passage.id):
                 new.append(passage)
             elif opened.text(opened.number(passage.id)) != passage.text:
                 changed.append(passage)
             else:
                 alike += 1
+    stale = [name for name in opened.names() if name not in seen and _source(name) in sources]
     check_room(folder.path, encoder.size([*new, *changed]).bytes)
     with _bar("Encoding", sum(len(passage.tokens) for passage in (*new, *changed))) as advance:
         encoder.advance = advance
         encoder.add(opened, new)
         encoder.replace(opened, changed)
+    opened.remove(stale)  # parts of documents that have fewer of them now
     folder.save(opened)
-    _say(f"{len(new):,} added, {len(changed):,} replaced, {alike:,} as they were")
+    _say(f"{len(new):,} added, {len(changed):,} replaced, {len(stale):,} removed, {alike:,} as they were")
+
+
+def _source(name: str) -> str:
+    """The document that a part's name tells of: `a#2` is a part of `a`."""
+    return re.sub(r"#[0-9]+$", "", name)
+
+
+def _parts(bank: MemoryBank, name: str) -> list[str]:
+    """A document's name, or those of its parts where it was split."""
+    parts = [] if bank.has(name) else [other for other in bank.names() if _source(other) == name]
+    return parts or [name]
 
 
 def _answer(answerer: Answerer, question: str) -> None:
@@ -190,7 +215,13 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[2Jb\n")
     'a\ufffd[2Jb\n'
     """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    return "".join("\ufffd" if _commands(letter) else letter for letter in text)
+
+
+def _commands(letter: str) -> bool:
+    """Whether a terminal would obey it: control characters, and those that turn the direction of what follows."""
+    turns = "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
+    return turns or (unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t")
 
 
 def _questions() -> Iterator[str]:
@@ -205,7 +236,7 @@ def _questions() -> Iterator[str]:
 
 
 def _passages(corpus: str, run: Run) -> Iterator[Passage]:
-    positions = getattr(run.model.backbone.config, "max_position_embeddings", run.max_document_tokens)
+    positions = getattr(run.model.backbone.config, "max_position_embeddings", 1 << 62)
     limit = min(run.max_document_tokens, positions - run.protocol.wrapping(LARGEST))
     return pkgutil.resolve_name(PASSAGES)(corpus, run.protocol, limit)
 
@@ -240,7 +271,7 @@ def _print_bank(folder: BankFolder) -> None:
 
 
 def _say(text: str) -> None:
-    get_console().print(text, soft_wrap=True, highlight=False, markup=False)
+    get_console().print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -283,7 +314,11 @@ def add_arguments(parser: Any, name: str) -> None:
     elif name == "bank":
         by_hand = {
             "bank": {"type": str, "help": "Folder of the bank."},
-            "--remove": {"nargs": "+", "metavar": "ID", "help": "Names of documents to take out."},
+            "--remove": {
+                "nargs": "+",
+                "metavar": "ID",
+                "help": "Names of documents to take out; all parts of one that was split.",
+            },
             "--verify": {"action": "store_true", "help": "Read all files and compare their checksums."},
         }
     for argument, options in by_hand.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -26,7 +26,7 @@ from msa_train.errors import UserError
 from msa_train.memory import MemoryBank, ParallelBank
 from msa_train.model import MemorySparseModel
 from msa_train.pack import Context
-from msa_train.protocol import Protocol, Source, restore
+from msa_train.protocol import JOINER, Protocol, Source, restore
 
 STEP_TOKENS = 128  # of a written retrieval step: sixteen documents with numbers of six digits
 Mode = Literal["router", "generative"]
@@ -59,6 +59,8 @@ class AskConfig:
         for name in ("documents", "max_steps", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"mode is '{self.mode}': give one of {', '.join(get_args(Mode))}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"temperature is {self.temperature}, top_p {self.top_p}: give 0 or more, and above 0 up to 1"
@@ -161,6 +163,8 @@ class Answerer:
         self.weights = tuple(layer_weights or [1.0] * len(model.routed_layers))
         self.heads = model.attention[model.routed_layers[0]].heads
         self.positions: int = getattr(model.backbone.config, "max_position_embeddings", 1 << 62)
+        self.vocabulary = len(protocol.tokenizer)
+        self._start = len(protocol.head()) + model.config.top_k  # positions before a context
         self._warpers = LogitsProcessorList()
         if config.temperature > 0:
             self._warpers.append(TemperatureLogitsWarper(config.temperature))
@@ -191,6 +195,8 @@ class Answerer:
         """
         if not len(self.bank):
             raise UserError("the bank holds no document: encode some, or answer with the backbone alone")
+        for question in questions:
+            _check_question(question)
         turns = {first + place: self._turn(question, first + place) for place, question in enumerate(questions)}
         waiting: dict[int, _Begin | _Extend] = {}
         replies: dict[int, Any] = dict.fromkeys(turns)
@@ -250,31 +256,38 @@ class Answerer:
     # --- one question -------------------------------------------------------------------------------------------
 
     def _turn(self, question: str, place: int) -> _Turn:
-        if not question.strip():
-            raise UserError("the question is empty")
-        draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + place)
+        draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + place) % 2**63)
         asked, notes = self.protocol.text(question), list[str]()
         retrieved: list[Retrieved] = []
         steps: list[list[Source]] = []
 
         def reading() -> Generator[_Begin, _State, _State]:
             context = self.protocol.asking(asked, steps)
-            self._check_room(len(context.tokens))
+            needed = self._start + len(context.tokens)
+            if needed > self.positions:
+                raise UserError(
+                    f"the question needs {needed:,} positions, the model has {self.positions:,}: ask a shorter one"
+                )
             return (yield _Begin(context, [document.number for document in retrieved]))
 
         state = yield from reading()
         injected: list[int] = []
+        closing = [*self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead]
         while True:
             found, written = yield from self._name(state, draw, notes)
+            found = self._fitting(found, state, len(closing), notes)
             retrieval = self.protocol.retrieval([number for number, _ in found]) if found else []
             if written and written != retrieval[:-1]:
                 state, written = (yield from reading()), []  # what was written is not what shall stand there
             if not found:
                 break
             yield from self._feed(state, retrieval[len(written) :])
-            step = [self._retrieved(number, score, len(steps) + 1) for number, score in found]
+            step = [
+                Retrieved(number, self.bank.id(number), self.bank.text(number), score, len(steps) + 1)
+                for number, score in found
+            ]
             yield from step
-            sources = [Source(one.number, self.protocol.text(f" {one.text}")) for one in step]
+            sources = [self._source(one.number) for one in step]
             retrieved, injected = [*retrieved, *step], self.protocol.injection(sources)
             steps = [*steps, sources]
             if len(steps) == self.config.max_steps or len(retrieved) >= len(self.bank):
@@ -283,8 +296,7 @@ class Answerer:
             if self._ends(following.logits_V):
                 break
             state, injected = following, []
-        end = [*injected, *self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead]
-        logits_V = yield from self._feed(state, end)
+        logits_V = yield from self._feed(state, [*injected, *closing])
         tokens = yield from self._write(state, logits_V, draw, notes)
         words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
@@ -328,8 +340,26 @@ class Answerer:
         another = self.protocol.retrieval([1])[0]
         return bool(logits_V[self.protocol.stop[0]] >= logits_V[another])
 
+    def _fitting(
+        self, found: list[tuple[int, float]], state: _State, closing: int, notes: list[str]
+    ) -> list[tuple[int, float]]:
+        """The documents whose text fits behind the context with an answer after it; the worst are left out first."""
+        kept = list(found)
+        room = self.positions - state.decoding.position - closing - 1
+        while kept:
+            numbers = [number for number, _ in kept]
+            needed = self.protocol.retrieval(numbers) + self.protocol.injection(list(map(self._source, numbers)))
+            if len(needed) <= room:
+                break
+            worst = min(kept, key=lambda pair: pair[1])
+            kept.remove(worst)
+            notes.append(f"left out [{worst[0]}], whose text does not fit into the model's positions")
+        return kept
+
+    def _source(self, number: int) -> Source:
+        return Source(number, self.protocol.text(f" {self.bank.text(number)}"))
+
     def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, Tensor, Tensor]:
-        self._check_room(state.decoding.position + len(tokens))
         return (yield _Extend(state.decoding, tokens))
 
     def _write(
@@ -339,32 +369,32 @@ class Answerer:
         control = (self.protocol.end, self.protocol.start, self.protocol.ref)
         words, tokens = DecodeStream(skip_special_tokens=True), list[int]()
         while (token := self._pick(logits_V, draw)) not in control:
-            if len(tokens) == self.config.max_new_tokens:
-                notes.append(f"stopped after {len(tokens)} tokens")
-                break
             tokens.append(token)
             piece = words.step(self.protocol.tokenizer.backend_tokenizer, token)
             if piece:
-                yield Written(piece)
+                yield Written(piece.replace(JOINER, ""))  # invisible; `restore` takes out of the whole what was added
+            if len(tokens) == self.config.max_new_tokens or state.decoding.position == self.positions:
+                notes.append(f"stopped after {len(tokens)} tokens")
+                break
             logits_V = yield from self._feed(state, [token])
         return tokens
 
     def _pick(self, logits_V: Tensor, draw: torch.Generator) -> int:
+        logits_V = logits_V[: self.vocabulary]  # a model may have rows that are no token's
         if self.config.temperature == 0:
             return int(logits_V.argmax())
         none: Any = torch.zeros(1, 0, dtype=torch.int64)
         scores: Any = self._warpers(none, logits_V.float().cpu()[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=draw))
 
-    def _retrieved(self, number: int, score: float, step: int) -> Retrieved:
-        return Retrieved(number, self.bank.id(number), self.bank.text(number), score, step)
 
-    def _check_room(self, position: int) -> None:
-        if position > self.positions:
-            raise UserError(
-                f"the context needs {position:,} positions, the model has {self.positions:,}: "
-                "ask for fewer documents or steps, or encode the corpus in shorter documents"
-            )
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise UserError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the question is not valid UTF-8") from error
 
 
 def _brackets(numbers: Sequence[int]) -> str:

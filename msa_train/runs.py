@@ -24,7 +24,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from msa_train.checkpoints import DTYPES, check_chunk_size, newest_checkpoint, read_checkpoint, restore
 from msa_train.config import MSAConfig, RouterInit
 from msa_train.errors import UserError
-from msa_train.kernels.varlen import Backend
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol, RoutingWords
 
@@ -71,7 +70,6 @@ def open_run(name: str | Path) -> Run:
         routed_layers=config.wholes("model.msa.routed_layers"),
         router_init=config.choice("model.msa.router_init", get_args(RouterInit)),
     )
-    backend = config.choice("model.attention", get_args(Backend))
     dtype = DTYPES[config.choice("model.weights", tuple(DTYPES))]
     protocol = Protocol(
         _open_tokenizer(folder / TOKENIZER), config.choice("model.routing_words", get_args(RoutingWords))
@@ -79,7 +77,7 @@ def open_run(name: str | Path) -> Run:
     saved = read_checkpoint(checkpoint)
     check_chunk_size(msa, saved, str(checkpoint))
     backbone = str(folder / BACKBONE / "config.json")
-    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), backend)
+    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), "auto")
     return Run(
         folder=folder,
         checkpoint=checkpoint,

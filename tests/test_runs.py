@@ -286,7 +286,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "words": (changed("model.routing_words", "all"), "model.routing_words is 'all': it must be one of question"),
     "words of a list": (changed("model.routing_words", []), r"model.routing_words is '\[\]'"),
     "precision": (changed("model.weights", "float64"), "model.weights is 'float64': it must be one of float32, bfl"),
-    "attention": (changed("model.attention", "fast"), "model.attention is 'fast': it must be one of auto, torch"),
     "limit": (changed("data.init_args.max_document_tokens", 0), "data.init_args.max_document_tokens is '0'"),
     "other layers": (changed("model.msa.routed_layers", [1]), "another architecture: it has 'model.backbone.*router_"),
     "other backbone": (

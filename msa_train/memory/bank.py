@@ -82,6 +82,10 @@ class MemoryBank:
         """Whether there is a document of this name."""
         return name in self._names
 
+    def names(self) -> list[str]:
+        """Names of all documents."""
+        return list(self._names)
+
     def id(self, number: int) -> str:
         """Name of the document with this number."""
         segment, row = self._at(number)

@@ -22,7 +22,7 @@ from msa_train.memory.segment import Segment, join_keys
 
 # Chunks scored at a time. A tile's scores, and on a CPU its keys as float32, are all that a search allocates; a GPU
 # needs tiles large enough to hide the launches between them (docs/memory.md).
-TILE = {"cpu": 16_384, "cuda": 1_048_576}
+TILE = {"cpu": 4_096, "cuda": 1_048_576}
 
 
 @dataclass(frozen=True)

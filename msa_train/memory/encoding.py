@@ -11,6 +11,7 @@ Shapes: as in segment.py.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,8 @@ from msa_train.model import MemorySparseModel
 from msa_train.pack import Documents
 from msa_train.protocol import Protocol, Source
 
-SEGMENT_BYTES = 1 << 30  # of a segment: what is lost when encoding is broken off, and what a file holds
+SEGMENT_BYTES = 1 << 30  # of a segment, at most
+SEGMENT_SECONDS = 60  # of encoding it: what is lost when encoding is broken off
 TABLE_BYTES = 40  # of a document: its number, its tokens, and where its chunks, name and words begin
 SAMPLED = 1024  # values of each weight that tell one model from another
 
@@ -186,13 +188,13 @@ class Encoder:
         """
         shape = replace(self.shape, precision=precision or self.shape.precision)
         parts: list[Segment] = []
-        size = 0
+        size, started = 0, time.monotonic()
         for batch in self._batches(numbered):
             parts.append(self._encode(batch, shape))
             size += shape.key_bytes(parts[-1].chunks) + shape.value_bytes(parts[-1].chunks)
-            if size >= SEGMENT_BYTES:
+            if size >= SEGMENT_BYTES or time.monotonic() - started >= SEGMENT_SECONDS:
                 yield Segment.join(parts)
-                parts, size = [], 0
+                parts, size, started = [], 0, time.monotonic()
         if parts:
             yield Segment.join(parts)
 

@@ -33,11 +33,13 @@ class Passage:
         id: Its name, unique within the bank.
         text: Its words.
         tokens: Token ids of `" " + text`.
+        source: Name of the document that it is a part of, where it is one.
     """
 
     id: str
     text: str
     tokens: Sequence[int] | NDArray[np.int32]
+    source: str = ""
 
 
 @dataclass(frozen=True)

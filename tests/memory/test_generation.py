@@ -247,6 +247,34 @@ def test_a_document_cannot_forge_the_protocol(model: MemorySparseModel, encoder:
     assert protocol.numbers(injected[len(numbers(protocol, 5)) :]) == [], "no number but its own"
 
 
+def test_what_does_not_fit_is_left_out_with_a_note_and_the_answer_stays(
+    model: MemorySparseModel, encoder: Encoder, protocol: Protocol
+) -> None:
+    long = Passage("long", "teal " * 900, protocol.text(" " + "teal " * 900))
+    bank = encoder.bank([*passages(protocol, range(4)), long])
+    answerer = scripted(model, protocol, bank, mode="generative", max_steps=1)
+    answerer.positions = 600
+    answerer.script([numbers(protocol, 2, 5), [protocol.ref], written(protocol)])
+    (answer,) = answerer.ask(QUESTIONS[:1])
+    assert [document.number for document in answer.documents] == [2] and answer.text == "by river 4"
+    assert answer.notes == ("left out [5], whose text does not fit into the model's positions",)
+    begun = answerer._start + len(protocol.asking(protocol.text(QUESTIONS[0])).tokens)
+    closing = len(protocol.stop) + len(protocol.repetition(protocol.text(QUESTIONS[0]))) + len(protocol.lead)
+    short = Answerer(model, protocol, bank, config=AskConfig(max_steps=1))
+    short.positions = begun + closing + 6  # neither document fits, and the answer ends with the positions
+    (answer,) = short.ask(QUESTIONS[:1])
+    assert answer.documents == () and answer.tokens <= 7 and "left out" in answer.notes[0]
+
+
+def test_rows_that_are_no_tokens_are_never_written(
+    model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
+) -> None:
+    answerer = Answerer(model, protocol, bank)
+    padded = torch.zeros(len(protocol.tokenizer) + 7)
+    padded[-3], padded[5] = 9.0, 1.0
+    assert answerer._pick(padded, torch.Generator()) == 5
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -256,8 +284,17 @@ def test_mistakes_are_named(model: MemorySparseModel, encoder: Encoder, protocol
             Answerer(model, protocol, bank).ask([question])
     with pytest.raises(UserError, match="holds no document"):
         Answerer(model, protocol, encoder.bank([])).ask(QUESTIONS)
-    with pytest.raises(UserError, match="positions, the model has 4,096: ask for fewer documents"):
+    with pytest.raises(UserError, match="positions, the model has 4,096: ask a shorter one"):
         Answerer(model, protocol, bank).ask(["fox " * 4100])
-    for wrong in ({"documents": 0}, {"max_steps": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        Answerer(model, protocol, bank).ask(["caf\udce9?"])
+    for wrong in (
+        {"mode": "oracle"},
+        {"documents": 0},
+        {"max_steps": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+    ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             AskConfig(**wrong)  # type: ignore[arg-type]
