@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,17 @@ def test_a_document_cannot_command_the_terminal(learnt: dict[str, Any], run: Run
     code, said, _ = run("ask", "--model", learnt["run"], "--bank", out, "Where does the red fox live?")
     assert code == 0 and "[bold]here[/bold]" in said
     assert not {letter for letter in said if ord(letter) < 32 or 127 <= ord(letter) < 160} - {"\n"}
+
+
+def test_the_example_builds_asks_changes_and_asks_again(learnt: dict[str, Any]) -> None:
+    script = Path(__file__).parent.parent / "examples" / "ask_a_memory.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(learnt["run"])], capture_output=True, text=True, timeout=300, check=True
+    )
+    said = done.stdout
+    assert said.startswith("4 documents, ") and said.count("What does aviary.census do?") == 3
+    assert said.index("one document replaced") < said.index("and removed")
+    assert "aviary.census" not in said.partition("and removed")[2].partition("from ")[2], "it is gone"
 
 
 BAD: dict[str, tuple[list[str], str]] = {
