@@ -197,7 +197,7 @@ def _answer(answerer: Answerer, question: str) -> None:
             sys.stdout.flush()
         elif isinstance(event, Answer):
             _say("\n" if event.text else "(no word)\n")
-            for document in event.documents:
+            for document in sorted(event.documents, key=lambda one: (one.step, -one.score)):
                 _say(_line(document))
             for note in event.notes:
                 _say(f"note: {note}")
