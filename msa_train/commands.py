@@ -7,7 +7,6 @@ or an answer says goes to the terminal as text alone: control characters in it a
 from __future__ import annotations
 
 import pkgutil
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +20,15 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from msa_train.errors import UserError
-from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written
+from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written, check_question
 from msa_train.kernels.maxsim import Precision
 from msa_train.memory import BankFolder, Encoder, MemoryBank, Passage, Size, Tiers
 from msa_train.memory.room import check_room, gib
+from msa_train.memory.segment import source_of
 from msa_train.runs import Run, open_run
+from msa_train.search import LOW
 
 PASSAGES = "datamodules.passages:open_passages"  # by name: the library does not import it
-LARGEST = 2**32 - 2  # number of a document
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -82,8 +82,8 @@ def ask(model: str, bank: str, question: str | None, config: AskConfig, device: 
         config: How to answer.
         device: Where to answer.
     """
-    if question is not None and not question.strip():
-        raise UserError("the question is empty")
+    if question is not None:
+        check_question(question)  # before anything is opened
     run, place, opened = open_run(model), _device(device), BankFolder(bank).open()
     Encoder(run.model, run.protocol).check(opened)
     opened = opened.to(place, Tiers(values="disk"))
@@ -168,7 +168,7 @@ def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> 
                 changed.append(passage)
             else:
                 alike += 1
-    stale = [name for name in opened.names() if name not in seen and _source(name) in sources]
+    stale = [name for name in opened.names() if name not in seen and source_of(name) in sources]
     check_room(folder.path, encoder.size([*new, *changed]).bytes)
     with _bar("Encoding", sum(len(passage.tokens) for passage in (*new, *changed))) as advance:
         encoder.advance = advance
@@ -179,14 +179,9 @@ def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> 
     _say(f"{len(new):,} added, {len(changed):,} replaced, {len(stale):,} removed, {alike:,} as they were")
 
 
-def _source(name: str) -> str:
-    """The document that a part's name tells of: `a#2` is a part of `a`."""
-    return re.sub(r"#[0-9]+$", "", name)
-
-
 def _parts(bank: MemoryBank, name: str) -> list[str]:
     """A document's name, or those of its parts where it was split."""
-    parts = [] if bank.has(name) else [other for other in bank.names() if _source(other) == name]
+    parts = [] if bank.has(name) else [other for other in bank.names() if source_of(other) == name]
     return parts or [name]
 
 
@@ -236,8 +231,7 @@ def _questions() -> Iterator[str]:
 
 
 def _passages(corpus: str, run: Run) -> Iterator[Passage]:
-    positions = getattr(run.model.backbone.config, "max_position_embeddings", 1 << 62)
-    limit = min(run.max_document_tokens, positions - run.protocol.wrapping(LARGEST))
+    limit = min(run.max_document_tokens, run.model.positions - run.protocol.wrapping(LOW - 1))
     return pkgutil.resolve_name(PASSAGES)(corpus, run.protocol, limit)
 
 

@@ -162,7 +162,7 @@ class Answerer:
         self.model, self.protocol, self.bank, self.config = model, protocol, bank, config
         self.weights = tuple(layer_weights or [1.0] * len(model.routed_layers))
         self.heads = model.attention[model.routed_layers[0]].heads
-        self.positions: int = getattr(model.backbone.config, "max_position_embeddings", 1 << 62)
+        self.positions = model.positions
         self.vocabulary = len(protocol.tokenizer)
         self._start = len(protocol.head()) + model.config.top_k  # positions before a context
         self._warpers = LogitsProcessorList()
@@ -196,7 +196,7 @@ class Answerer:
         if not len(self.bank):
             raise UserError("the bank holds no document: encode some, or answer with the backbone alone")
         for question in questions:
-            _check_question(question)
+            check_question(question)
         turns = {first + place: self._turn(question, first + place) for place, question in enumerate(questions)}
         waiting: dict[int, _Begin | _Extend] = {}
         replies: dict[int, Any] = dict.fromkeys(turns)
@@ -388,7 +388,12 @@ class Answerer:
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=draw))
 
 
-def _check_question(question: str) -> None:
+def check_question(question: str) -> None:
+    """Refuses what is no question.
+
+    Raises:
+        UserError: It is empty, or half a surrogate pair is in it.
+    """
     if not question.strip():
         raise UserError("the question is empty")
     try:

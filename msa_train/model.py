@@ -132,6 +132,11 @@ class MemorySparseModel(nn.Module):
     def _decoder(self) -> Any:
         return self.backbone.model
 
+    @property
+    def positions(self) -> int:
+        """Positions that the backbone has; as good as endless where its config names none."""
+        return getattr(self.backbone.config, "max_position_embeddings", 1 << 62)
+
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and weights of the router projectors."""
         return ((name, weight) for name, weight in self.named_parameters() if ".router_" in name)

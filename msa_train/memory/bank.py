@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from msa_train.memory.layer import BankLayer
 from msa_train.memory.room import check_room_on
 from msa_train.memory.segment import BankShape, Segment, join_keys
 from msa_train.search import Found, Tile, rank, search
+
+Keep = Callable[[Tensor], Tensor]  # numbers [D] -> which of them can be found, bool [D]
 
 
 class MemoryBank:
@@ -150,16 +153,16 @@ class MemoryBank:
             last = int(torch.searchsorted(block.number_D.cpu(), number, right=True))
             if last:
                 blocks.append(block.slice(0, last))
-        return self._view(blocks, lambda segment: segment.number_D <= number)
+        return self._view(blocks, lambda number_D: number_D <= number)
 
     def only(self, numbers: Iterable[int]) -> MemoryBank:
         """These documents alone. Nothing is copied."""
         chosen = torch.tensor(sorted(set(numbers)), dtype=torch.int64)
-        blocks = [
-            replace(block, live_D=block.live_D & torch.isin(block.number_D, chosen.to(block.number_D.device)))
-            for block in self.blocks
-        ]
-        return self._view(blocks, lambda segment: torch.isin(segment.number_D, chosen))
+
+        def keep(number_D: Tensor) -> Tensor:
+            return torch.isin(number_D, chosen.to(number_D.device))
+
+        return self._view(_marked(self.blocks, keep), keep)
 
     def share(self, rank: int, world: int) -> MemoryBank:
         """One of `world` parts of like many chunks: consecutive documents. Nothing large is copied on a CPU.
@@ -205,12 +208,7 @@ class MemoryBank:
         """Routing keys of a layer, a tile at a time, on the device."""
         for block in self.blocks:
             for first, last in block.cuts(TILE.get(self.device.type, TILE["cuda"])):
-                part = block.slice(first, last)
-                rows = (part.document_C, part.number_D, part.live_D)
-                yield Tile(
-                    part.keys_L[layer].to(self.device, non_blocking=True),
-                    *(tensor.to(self.device, non_blocking=True) for tensor in rows),
-                )
+                yield block.tile(layer, first, last).to(self.device, non_blocking=True)
 
     def search(
         self,
@@ -269,9 +267,7 @@ class MemoryBank:
             Chunks of each, and their keys and values [C, G, W], in order, on the device.
         """
         counts, keys, values = [], [], []
-        for number in numbers:
-            segment, row = self._at(number)
-            first, last = segment.chunk_offsets_D[row : row + 2].tolist()
+        for segment, first, last in map(self._span, numbers):
             counts.append(last - first)
             keys.append(segment.layers[layer].key_CGW[first:last])
             values.append(segment.layers[layer].value_CGW[first:last])
@@ -287,8 +283,7 @@ class MemoryBank:
         """These documents as one tile."""
         numbers = sorted(set(numbers))
         counts, keys = [], []
-        for segment, row in map(self._at, numbers):
-            first, last = segment.chunk_offsets_D[row : row + 2].tolist()
+        for segment, first, last in map(self._span, numbers):
             counts.append(last - first)
             keys.append(segment.layers[layer].keys.rows(first, last))
         if not counts:
@@ -306,16 +301,16 @@ class MemoryBank:
 
     def _without(self, numbers: Sequence[int]) -> None:
         gone = torch.tensor(sorted(numbers), dtype=torch.int64)
-        self.segments = tuple(segment.without(numbers) for segment in self.segments)
-        self.blocks = tuple(
-            replace(block, live_D=block.live_D & ~torch.isin(block.number_D, gone.to(block.number_D.device)))
-            for block in self.blocks
-        )
+
+        def keep(number_D: Tensor) -> Tensor:
+            return ~torch.isin(number_D, gone.to(number_D.device))
+
+        self.segments, self.blocks = _marked(self.segments, keep), _marked(self.blocks, keep)
         self._forget()
 
-    def _view(self, blocks: Sequence[Block], keep: Callable[[Segment], Tensor]) -> MemoryBank:
+    def _view(self, blocks: Sequence[Block], keep: Keep) -> MemoryBank:
         view = MemoryBank(self.shape, (), self.device, self.tiers, self.next_number)
-        view.segments = tuple(replace(segment, live_D=segment.live_D & keep(segment)) for segment in self.segments)
+        view.segments = _marked(self.segments, keep)
         view.blocks = tuple(blocks)
         return view
 
@@ -352,11 +347,25 @@ class MemoryBank:
             return None
         return self.segments[segment_D[place]], int(row_D[place])
 
+    def _span(self, number: int) -> tuple[Segment, int, int]:
+        """The segment of a document, and its chunks there."""
+        segment, row = self._at(number)
+        first, last = segment.chunk_offsets_D[row : row + 2].tolist()
+        return segment, first, last
+
     def _at(self, number: int) -> tuple[Segment, int]:
         found = self._find(number)
         if found is None:
             raise unknown(number)
         return found
+
+
+Marked = TypeVar("Marked", Segment, Block)
+
+
+def _marked(parts: Iterable[Marked], keep: Keep) -> tuple[Marked, ...]:
+    """Segments or blocks of which only these documents can be found."""
+    return tuple(replace(part, live_D=part.live_D & keep(part.number_D)) for part in parts)
 
 
 def unknown(number: int) -> UserError:

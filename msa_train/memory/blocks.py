@@ -19,6 +19,7 @@ from torch import Tensor
 
 from msa_train.kernels.maxsim import RoutingKeys
 from msa_train.memory.segment import Segment, join_keys
+from msa_train.search import Tile
 
 # Chunks scored at a time. A tile's scores, and on a CPU its keys as float32, are all that a search allocates; a GPU
 # needs tiles large enough to hide the launches between them (docs/memory.md).
@@ -62,6 +63,12 @@ class Block:
             self.live_D[first:last],
             self.bounds[first : last + 1] - start,
         )
+
+    def tile(self, layer: int, first: int, last: int) -> Tile:
+        """Documents `first .. last - 1` as a layer searches them, without a copy of their keys."""
+        start, stop = int(self.bounds[first]), int(self.bounds[last])
+        owner_C = self.document_C[start:stop] - first
+        return Tile(self.keys_L[layer].rows(start, stop), owner_C, self.number_D[first:last], self.live_D[first:last])
 
     def cuts(self, most: int) -> list[tuple[int, int]]:
         """Documents `first .. last` of each tile: as many as have `most` chunks together, at least one."""

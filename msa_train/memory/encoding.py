@@ -94,7 +94,7 @@ class Encoder:
             dtype=str(weight.dtype).removeprefix("torch."),
             precision=precision,
         )
-        self.positions: int = getattr(model.backbone.config, "max_position_embeddings", 1 << 62)
+        self.positions = model.positions
 
     def bank(self, passages: Iterable[Passage], tiers: Tiers = Tiers()) -> MemoryBank:
         """A bank in memory, on the model's device.

@@ -9,6 +9,7 @@ Shapes: D documents, C chunks, G key/value heads, W head width, R = G * W, L rou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,15 @@ class Passage:
     text: str
     tokens: Sequence[int] | NDArray[np.int32]
     source: str = ""
+
+
+def source_of(name: str) -> str:
+    """The document that a name tells of, where it is a part's.
+
+    >>> source_of("a#2"), source_of("a")
+    ('a', 'a')
+    """
+    return re.sub(r"#[0-9]+$", "", name)
 
 
 @dataclass(frozen=True)
