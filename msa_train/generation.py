@@ -23,13 +23,14 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from msa_train.decoding import Decoding, begin, extend
 from msa_train.errors import UserError
-from msa_train.memory import MemoryBank, ParallelBank
+from msa_train.memory import BanksLayer, MemoryBank, ParallelBank
 from msa_train.model import MemorySparseModel
 from msa_train.pack import Context
 from msa_train.protocol import JOINER, Protocol, Source, restore
 
 STEP_TOKENS = 128  # of a written retrieval step: sixteen documents with numbers of six digits
 Mode = Literal["router", "generative"]
+Bank = MemoryBank | ParallelBank
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ class AskConfig:
             raise UserError(
                 f"temperature is {self.temperature}, top_p {self.top_p}: give 0 or more, and above 0 up to 1"
             )
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with more than its words.
+
+    Args:
+        text: What is asked.
+        lead: Words that its answer is begun with; they are no part of the answer.
+        bank: The memory that it is asked of, where that is not the answerer's.
+    """
+
+    text: str
+    lead: str = ""
+    bank: Bank | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,7 @@ Event = Retrieved | Written | Answer
 
 @dataclass(frozen=True)
 class _Begin:
+    bank: Bank
     context: Context
     excluded: list[int]
 
@@ -131,6 +148,7 @@ class _Extend:
 class _State:
     """A context after its reading."""
 
+    bank: Bank
     logits_V: Tensor
     decoding: Decoding
     query_LXR: list[Tensor]
@@ -155,7 +173,7 @@ class Answerer:
         self,
         model: MemorySparseModel,
         protocol: Protocol,
-        bank: MemoryBank | ParallelBank,
+        bank: Bank,
         layer_weights: Sequence[float] | None = None,
         config: AskConfig = AskConfig(),
     ) -> None:
@@ -171,7 +189,7 @@ class Answerer:
             if config.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(config.top_p))
 
-    def ask(self, questions: Sequence[str], batch: int = 16) -> list[Answer]:
+    def ask(self, questions: Sequence[str | Question], batch: int = 16) -> list[Answer]:
         """Answers questions, `batch` at a time."""
         found: dict[int, Answer] = {}
         for first in range(0, len(questions), batch):
@@ -180,7 +198,31 @@ class Answerer:
                     found[place] = event
         return [found[place] for place in range(len(questions))]
 
-    def stream(self, questions: Sequence[str], first: int = 0) -> Iterator[tuple[int, Event]]:
+    def rank(self, questions: Sequence[str | Question], k: int, batch: int = 16) -> list[list[tuple[int, float]]]:
+        """The k best documents of each question by the routers' scores, which nothing is retrieved or answered for.
+
+        Args:
+            questions: The questions.
+            k: Documents.
+            batch: Questions read at a time.
+
+        Returns:
+            Numbers and scores of each question's documents, best first.
+
+        Raises:
+            UserError: As in `stream`.
+        """
+        ranked: list[list[tuple[int, float]]] = []
+        for first in range(0, len(questions), batch):
+            asked = [self._question(question) for question in questions[first : first + batch]]
+            contexts = [self._context(self.protocol.text(text), ()) for text, _, _ in asked]
+            states = self._begin(
+                [_Begin(bank, context, []) for (_, _, bank), context in zip(asked, contexts, strict=True)]
+            )
+            ranked.extend(self._rank(state, k) for state in states)
+        return ranked
+
+    def stream(self, questions: Sequence[str | Question], first: int = 0) -> Iterator[tuple[int, Event]]:
         """Answers questions side by side, and tells what happens as it does.
 
         Args:
@@ -191,13 +233,10 @@ class Answerer:
             A question's number, and a document that it retrieved, a piece of its answer, or the whole answer.
 
         Raises:
-            UserError: A question is empty, or a context outgrows the model's positions.
+            UserError: A question is empty, its bank is, or a context outgrows the model's positions.
         """
-        if not len(self.bank):
-            raise UserError("the bank holds no document: encode some, or answer with the backbone alone")
-        for question in questions:
-            check_question(question)
-        turns = {first + place: self._turn(question, first + place) for place, question in enumerate(questions)}
+        asked = [self._question(question) for question in questions]
+        turns = {first + place: self._turn(*question, first + place) for place, question in enumerate(asked)}
         waiting: dict[int, _Begin | _Extend] = {}
         replies: dict[int, Any] = dict.fromkeys(turns)
         while replies:
@@ -209,6 +248,15 @@ class Answerer:
                         yield place, event
             replies = self._serve(waiting)
             waiting = {}
+
+    def _question(self, question: str | Question) -> tuple[str, str, Bank]:
+        """Words, lead and bank of a question."""
+        whole = Question(question) if isinstance(question, str) else question
+        check_question(whole.text)
+        bank = self.bank if whole.bank is None else whole.bank
+        if not len(bank):
+            raise UserError("the bank holds no document: encode some, or answer with the backbone alone")
+        return whole.text, whole.lead, bank
 
     @staticmethod
     def _advance(turn: _Turn, reply: Any) -> Iterator[_Begin | _Extend | Event]:
@@ -239,12 +287,14 @@ class Answerer:
         return replies
 
     def _begin(self, requests: list[_Begin]) -> list[_State]:
-        layers = self.bank.layers([request.excluded for request in requests])
+        banks, excluded = [request.bank for request in requests], [request.excluded for request in requests]
+        layers = [BanksLayer(banks, layer, excluded) for layer in range(len(self.weights))]
         contexts = [request.context for request in requests]
         logits_QV, decodings, recalled_L, offsets_Q = begin(self.model, self.protocol.head(), contexts, layers)
         bounds = offsets_Q.tolist()
         return [
             _State(
+                request.bank,
                 logits_QV[place],
                 decodings[place],
                 [recalled.query_XR[bounds[place] : bounds[place + 1]] for recalled in recalled_L],
@@ -255,24 +305,19 @@ class Answerer:
 
     # --- one question -------------------------------------------------------------------------------------------
 
-    def _turn(self, question: str, place: int) -> _Turn:
+    def _turn(self, question: str, lead: str, bank: Bank, place: int) -> _Turn:
         draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + place) % 2**63)
         asked, notes = self.protocol.text(question), list[str]()
         retrieved: list[Retrieved] = []
         steps: list[list[Source]] = []
 
         def reading() -> Generator[_Begin, _State, _State]:
-            context = self.protocol.asking(asked, steps)
-            needed = self._start + len(context.tokens)
-            if needed > self.positions:
-                raise UserError(
-                    f"the question needs {needed:,} positions, the model has {self.positions:,}: ask a shorter one"
-                )
-            return (yield _Begin(context, [document.number for document in retrieved]))
+            return (yield _Begin(bank, self._context(asked, steps), [document.number for document in retrieved]))
 
         state = yield from reading()
         injected: list[int] = []
-        closing = [*self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead]
+        begun = self.protocol.text(f" {lead}") if lead else []
+        closing = [*self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead, *begun]
         while True:
             found, written = yield from self._name(state, draw, notes)
             found = self._fitting(found, state, len(closing), notes)
@@ -283,14 +328,13 @@ class Answerer:
                 break
             yield from self._feed(state, retrieval[len(written) :])
             step = [
-                Retrieved(number, self.bank.id(number), self.bank.text(number), score, len(steps) + 1)
-                for number, score in found
+                Retrieved(number, bank.id(number), bank.text(number), score, len(steps) + 1) for number, score in found
             ]
             yield from step
-            sources = [self._source(one.number) for one in step]
+            sources = [self._source(bank, one.number) for one in step]
             retrieved, injected = [*retrieved, *step], self.protocol.injection(sources)
             steps = [*steps, sources]
-            if len(steps) == self.config.max_steps or len(retrieved) >= len(self.bank):
+            if len(steps) == self.config.max_steps or len(retrieved) >= len(bank):
                 break
             following = yield from reading()
             if self._ends(following.logits_V):
@@ -300,6 +344,15 @@ class Answerer:
         tokens = yield from self._write(state, logits_V, draw, notes)
         words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
+
+    def _context(self, asked: Sequence[int], steps: Sequence[Sequence[Source]]) -> Context:
+        context = self.protocol.asking(asked, steps)
+        needed = self._start + len(context.tokens)
+        if needed > self.positions:
+            raise UserError(
+                f"the question needs {needed:,} positions, the model has {self.positions:,}: ask a shorter one"
+            )
+        return context
 
     def _name(
         self, state: _State, draw: torch.Generator, notes: list[str]
@@ -315,7 +368,7 @@ class Answerer:
             written.append(token)
             token = self._pick((yield from self._feed(state, [token])), draw)
         numbers = self.protocol.numbers(written)
-        unknown = [number for number in numbers if number not in self.bank]
+        unknown = [number for number in numbers if number not in state.bank]
         again = [number for number in numbers if number in state.excluded]
         if unknown:
             notes.append(f"named {_brackets(unknown)}, which the bank does not have")
@@ -329,7 +382,7 @@ class Answerer:
 
     def _rank(self, state: _State, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
         offsets_Q = torch.tensor([0, len(state.query_LXR[0])], device=state.query_LXR[0].device)
-        found = self.bank.rank(
+        found = state.bank.rank(
             state.query_LXR, offsets_Q, self.weights, self.heads, k, [state.excluded if among is None else []], among
         )
         pairs = zip(found.number_QK[0].tolist(), found.score_QK[0].tolist(), strict=True)
@@ -348,7 +401,8 @@ class Answerer:
         room = self.positions - state.decoding.position - closing - 1
         while kept:
             numbers = [number for number, _ in kept]
-            needed = self.protocol.retrieval(numbers) + self.protocol.injection(list(map(self._source, numbers)))
+            sources = [self._source(state.bank, number) for number in numbers]
+            needed = self.protocol.retrieval(numbers) + self.protocol.injection(sources)
             if len(needed) <= room:
                 break
             worst = min(kept, key=lambda pair: pair[1])
@@ -356,8 +410,8 @@ class Answerer:
             notes.append(f"left out [{worst[0]}], whose text does not fit into the model's positions")
         return kept
 
-    def _source(self, number: int) -> Source:
-        return Source(number, self.protocol.text(f" {self.bank.text(number)}"))
+    def _source(self, bank: Bank, number: int) -> Source:
+        return Source(number, self.protocol.text(f" {bank.text(number)}"))
 
     def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, Tensor, Tensor]:
         return (yield _Extend(state.decoding, tokens))

@@ -3,8 +3,8 @@
 from msa_train.memory.bank import MemoryBank
 from msa_train.memory.blocks import Tiers
 from msa_train.memory.encoding import Encoder, Size
-from msa_train.memory.layer import BankLayer, Recalled
-from msa_train.memory.parallel import ParallelBank
+from msa_train.memory.layer import BankLayer, BanksLayer, Recalled
+from msa_train.memory.parallel import ParallelBank, serve_all
 from msa_train.memory.segment import BankShape, Passage
 from msa_train.memory.storage import BankFolder
 
@@ -12,6 +12,7 @@ __all__ = [
     "BankFolder",
     "BankLayer",
     "BankShape",
+    "BanksLayer",
     "Encoder",
     "MemoryBank",
     "ParallelBank",
@@ -19,4 +20,5 @@ __all__ = [
     "Recalled",
     "Size",
     "Tiers",
+    "serve_all",
 ]

@@ -164,6 +164,22 @@ class MemoryBank:
 
         return self._view(_marked(self.blocks, keep), keep)
 
+    def overlaid(self, segments: Iterable[Segment], hidden: Iterable[int]) -> MemoryBank:
+        """This bank with other documents in the place of some. Of its own documents, nothing is copied.
+
+        Args:
+            segments: The other documents, newly encoded.
+            hidden: Numbers of this bank that are not to be found: those of the others, wherever they are kept.
+        """
+        gone = torch.tensor(sorted(set(hidden)), dtype=torch.int64)
+
+        def keep(number_D: Tensor) -> Tensor:
+            return ~torch.isin(number_D, gone.to(number_D.device))
+
+        view = self._view(_marked(self.blocks, keep), keep)
+        view._extend(list(segments))
+        return view
+
     def share(self, rank: int, world: int) -> MemoryBank:
         """One of `world` parts of like many chunks: consecutive documents. Nothing large is copied on a CPU.
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -171,13 +172,15 @@ class Encoder:
             if passage.id in seen:
                 raise UserError(f"two documents are named '{passage.id}': give each a name of its own")
             seen.add(passage.id)
-            length = len(passage.tokens) + self.protocol.wrapping(number)
-            if length > self.positions:
-                raise UserError(
-                    f"document '{passage.id}' has {length:,} tokens, the model has {self.positions:,} positions: "
-                    "split it (max_document_tokens)"
-                )
+            self._check_length(passage, len(passage.tokens) + self.protocol.wrapping(number))
             yield number, passage
+
+    def _check_length(self, passage: Passage, length: int) -> None:
+        if length > self.positions:
+            raise UserError(
+                f"document '{passage.id}' has {length:,} tokens, the model has {self.positions:,} positions: "
+                "split it (max_document_tokens)"
+            )
 
     def encode(self, numbered: Iterable[tuple[int, Passage]], precision: Precision | None = None) -> Iterator[Segment]:
         """Encodes documents under given numbers, which ascend.
@@ -198,11 +201,33 @@ class Encoder:
         if parts:
             yield Segment.join(parts)
 
+    def apart(self, groups: Sequence[Sequence[tuple[int, Passage]]]) -> list[Segment]:
+        """Encodes the documents of several banks together, as they would be alone.
+
+        Args:
+            groups: Numbers and documents of each, numbers ascending; none of them empty.
+
+        Returns:
+            A segment of each group.
+        """
+        parts: list[Segment] = []
+        ends = [0, *accumulate(len(group) for group in groups)]
+        for batch in self._batches(pair for group in groups for pair in group):
+            parts.append(self._encode(batch, self.shape, range(1, len(batch) + 1)))  # their own numbers come below
+        whole = Segment.join(parts)
+        segments = []
+        for group, first, last in zip(groups, ends, ends[1:], strict=False):
+            numbers = [number for number, _ in group]
+            assert numbers == sorted(set(numbers)) and numbers[0] > 0
+            segments.append(replace(whole.slice(first, last), number_D=torch.tensor(numbers, dtype=torch.int64)))
+        return segments
+
     def _batches(self, numbered: Iterable[tuple[int, Passage]]) -> Iterator[list[tuple[int, Passage, list[int]]]]:
         batch: list[tuple[int, Passage, list[int]]] = []
         total = 0
         for number, passage in numbered:
             tokens = self.protocol.document(Source(number, list(passage.tokens)))
+            self._check_length(passage, len(tokens))
             if batch and total + len(tokens) > self.batch_tokens:
                 yield batch
                 batch, total = [], 0
@@ -212,11 +237,13 @@ class Encoder:
             yield batch
 
     @torch.inference_mode()
-    def _encode(self, batch: list[tuple[int, Passage, list[int]]], shape: BankShape) -> Segment:
+    def _encode(
+        self, batch: list[tuple[int, Passage, list[int]]], shape: BankShape, kept_as: Sequence[int] = ()
+    ) -> Segment:
         numbers, passages, tokens = zip(*batch, strict=True)
         memory = self.model.encode(Documents.build(tokens, shape.chunk_size).to(self.device))
         lengths = [len(one) for one in tokens]
-        segment = Segment.of(passages, numbers, lengths, memory, shape)
+        segment = Segment.of(passages, kept_as or numbers, lengths, memory, shape)
         self.advance(sum(lengths))
         return segment
 

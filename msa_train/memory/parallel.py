@@ -48,13 +48,16 @@ class ParallelBank:
         with ParallelBank(share) as bank: Answerer(model, protocol, bank).ask(...)     on the first rank
         ParallelBank(share).serve()                                                    on the others
 
+    Several can be asked side by side: each has its place among them, and the others `serve_all` of them.
+
     Args:
         bank: This rank's share (`MemoryBank.share`, or what this rank encoded): no document is in two of them.
         group: The ranks; all of them by default.
+        place: Its place among the banks that are served together.
     """
 
-    def __init__(self, bank: MemoryBank, group: dist.ProcessGroup | None = None) -> None:
-        self.bank, self.group, self.shape = bank, group, bank.shape
+    def __init__(self, bank: MemoryBank, group: dist.ProcessGroup | None = None, place: int = 0) -> None:
+        self.bank, self.group, self.shape, self.place = bank, group, bank.shape, place
         self.asker = 0 if group is None else dist.get_global_rank(group, 0)
         sizes: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(sizes, len(bank), group)
@@ -68,8 +71,7 @@ class ParallelBank:
 
     def serve(self) -> None:
         """Searches and reads for the asker until it is done."""
-        while (task := self._tell(None)) is not None:
-            self._collect(*task)
+        serve_all([self])
 
     def __len__(self) -> int:
         return self._documents
@@ -178,7 +180,8 @@ class ParallelBank:
 
     def _everywhere(self, name: str, *arguments: Any) -> list[Any]:
         """Has every rank do something; returns what each of them answers."""
-        return self._collect(*self._tell((name, arguments)))
+        self._tell((self.place, name, arguments))
+        return self._collect(name, arguments)
 
     def _tell(self, task: Any) -> Any:
         message = [task]  # pickled between the processes of one job; nothing of a bank's files is
@@ -201,3 +204,15 @@ class ParallelBank:
             if isinstance(found, _Failure):
                 raise UserError(found.text) if found.mistake else RuntimeError(f"rank {rank}: {found.text}")
         return answers
+
+
+def serve_all(banks: Sequence[ParallelBank]) -> None:
+    """Searches and reads for the asker of any of these banks until one of them is done.
+
+    Args:
+        banks: All in their places, of one group.
+    """
+    assert [bank.place for bank in banks] == list(range(len(banks)))
+    while (task := banks[0]._tell(None)) is not None:
+        place, name, arguments = task
+        banks[place]._collect(name, arguments)
