@@ -1,7 +1,4 @@
-"""Held-out evaluations: the router on packs and on memories longer than any pack, and BM25 on the same documents.
-
-Documents do not depend on their neighbours, so the largest memory is encoded once and every shorter one is its prefix.
-"""
+"""Held-out evaluation on packs: the router and the language model, and BM25 on the same documents."""
 
 from __future__ import annotations
 
@@ -12,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules import PackedMemory
 from datamodules.collection import Collection
 from datamodules.lexical import LexicalIndex
 from datamodules.planning import Plan
 from msa_train.metrics import LossMeans, RoutingMetrics, retrieval_scores
-from msa_train.model import DocumentMemory, MemorySparseModel
+from msa_train.model import MemorySparseModel
 from msa_train.pack import MemoryPack
-from msa_train.protocol import Source
 
 
 @dataclass(frozen=True)
@@ -95,80 +90,6 @@ def bm25_recall(packs: Iterable[tuple[Plan, MemoryPack]], data: Collection, k: i
     return {name: float(torch.cat([scores[name] for scores in found]).mean()) for name in found[0]}
 
 
-@dataclass(frozen=True)
-class LengthResult:
-    """Recall over a memory of a given length.
-
-    Args:
-        factor: Length in trained packs.
-        documents: Documents in the memory.
-        tokens: Tokens in the memory.
-        recall: Recall@1 of every query, router.
-        bm25: Recall@1 of every query, BM25.
-    """
-
-    factor: int
-    documents: int
-    tokens: int
-    recall: Tensor
-    bm25: Tensor
-
-
-def evaluate_lengths(
-    model: MemorySparseModel,
-    data: PackedMemory,
-    packs: Sequence[tuple[Plan, MemoryPack]],
-    factors: Sequence[int],
-    k: int,
-) -> list[LengthResult]:
-    """Recall@1 of the packs' queries over memories from one pack to many.
-
-    Every memory begins with a pack's own documents, where the answers are, and grows by other documents of the corpus,
-    never copies and none that is known to answer.
-
-    Args:
-        model: The model.
-        data: Where documents come from.
-        packs: Held-out packs; each is the start of a memory of its own.
-        factors: Lengths in multiples of the token budget of a pack, ascending. Lengths beyond the corpus are left out.
-        k: Cutoff of recall@k.
-    """
-    assert data.data is not None
-    corpora = data.data
-    device = next(model.parameters()).device
-    budget = data.packing.document_tokens
-    distractors = _distractors(corpora, [plan for plan, _ in packs], budget * (max(factors) - 1))
-    wrapped = [data.protocol.document(Source(1, corpora.document(row).tolist())) for row in distractors]
-    ends = np.cumsum([len(tokens) for tokens in wrapped])
-    results = []
-    with torch.no_grad(), _evaluating(model):
-        extra = model.encode_all(wrapped, data.packing.chunk_size, budget) if wrapped else None
-        starts = [pack.to(device) for _, pack in packs]
-        encoded = [model.encode(pack.documents) for pack in starts]
-        for factor in factors:
-            added = int(np.searchsorted(ends, budget * (factor - 1), side="right"))
-            if factor > 1 and (not len(ends) or budget * (factor - 1) > ends[-1]):
-                continue
-            recall, bm25 = [], []
-            for (plan, _), pack, own in zip(packs, starts, encoded, strict=True):
-                memory = own if extra is None or added == 0 else DocumentMemory.join([own, extra.first(added)])
-                rows = [*plan.documents, *distractors[:added]]
-                positive, excluded = (
-                    torch.nn.functional.pad(mask, (0, added)) for mask in (pack.positive_QD, pack.excluded_QD)
-                )
-                asked_Q = positive.any(1)
-                score_QD = model.read(pack.contexts, memory, excluded_QD=excluded).doc_score_LQD.mean(0)
-                recall.append(retrieval_scores(score_QD[asked_Q], positive[asked_Q], k)["recall@1"].cpu())
-                words_QD = bm25_scores(plan, rows, corpora).masked_fill(excluded.cpu(), -torch.inf)
-                asked_Q, positive = asked_Q.cpu(), positive.cpu()
-                bm25.append(retrieval_scores(words_QD[asked_Q], positive[asked_Q], k)["recall@1"])
-            tokens = int(starts[0].documents.tokens_T.numel() + (ends[added - 1] if added else 0))
-            results.append(
-                LengthResult(factor, len(starts[0].document_ids) + added, tokens, torch.cat(recall), torch.cat(bm25))
-            )
-    return results
-
-
 def bm25_scores(plan: Plan, documents: Sequence[int], data: Collection) -> Tensor:
     """BM25 scores [Q, D] of a plan's contexts over these documents."""
     index = LexicalIndex([data.document_text(row) for row in documents])
@@ -177,21 +98,6 @@ def bm25_scores(plan: Plan, documents: Sequence[int], data: Collection) -> Tenso
         for one in plan.asked
     ]
     return torch.from_numpy(np.stack([index.scores(words) for words in asked]))
-
-
-def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of a mean.
-
-    Args:
-        values: One per query.
-        draws: Resamples.
-        seed: Of the resampling alone; no global generator is touched.
-    """
-    sample = values.double().numpy()
-    rng = np.random.default_rng(seed)
-    means = sample[rng.integers(len(sample), size=(draws, len(sample)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 class _evaluating:
@@ -206,18 +112,3 @@ class _evaluating:
 
     def __exit__(self, *_: object) -> None:
         self.model.train(self.was_training)
-
-
-def _distractors(data: Collection, plans: Sequence[Plan], tokens: int) -> list[int]:
-    known = {row for plan in plans for row in plan.documents}
-    for one in (one for plan in plans for one in plan.asked):
-        known.update(data.related(one.query), *data.steps(one.query))
-    texts = set(data.digest_D[list(known)].tolist())
-    chosen, total = [], 0
-    for document in np.random.default_rng(0).permutation(data.documents).tolist():
-        if total >= tokens:
-            break
-        if document not in known and int(data.digest_D[document]) not in texts:
-            chosen.append(document)
-            total += int(data.length_D[document])
-    return chosen

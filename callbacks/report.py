@@ -1,7 +1,7 @@
 """BeforeAfterReport: what a run has learnt, in one table and one figure.
 
 Routing recall and language-model loss on held-out packs before and after training, beside a guess and BM25 on the
-same packs; and recall over memories longer than any training pack.
+same packs.
 """
 
 from __future__ import annotations
@@ -12,46 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import matplotlib
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from rich import get_console
 from rich.table import Table
 
-from callbacks.evaluation import (
-    Evaluation,
-    LengthResult,
-    bm25_recall,
-    bootstrap_interval,
-    evaluate_lengths,
-    evaluate_packs,
-)
-from datamodules import PackedMemory
+from callbacks.evaluation import Evaluation, bm25_recall, evaluate_packs
+from callbacks.parts import parts
 from datamodules.planning import Plan
 from msa_train.errors import UserError
 from msa_train.findings import Finding
-from msa_train.module import MemorySparseModule
 from msa_train.pack import MemoryPack
 from msa_train.source import PackSource
 
+NUMBERS, FIGURE = "before_after.json", "before_after.png"
+
 
 class BeforeAfterReport(L.Callback):
-    """Evaluates when training starts and ends; writes report.json and report.png and prints the table.
+    """Evaluates when training starts and ends; writes before_after.json and before_after.png and prints the table."""
 
-    Args:
-        factors: Memory lengths to test, in multiples of a training pack's document budget.
-        groups: Held-out packs that each start a memory of their own; more narrow the intervals and take longer.
-    """
-
-    def __init__(self, factors: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64), groups: int = 3) -> None:
-        if not factors or list(factors) != sorted(set(factors)) or factors[0] < 1 or groups < 1:
-            raise UserError("BeforeAfterReport: give ascending factors from 1 up, and at least one group")
-        self.factors, self.groups = tuple(factors), groups
+    def __init__(self) -> None:
         self.before: dict[str, dict[str, Any]] = {}
         self.started = time.perf_counter()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a run that has nothing to report on."""
-        self.examine(_parts(trainer, pl_module)[0])
+        self.examine(parts(trainer, pl_module, self)[0])
 
     def examine(self, data: PackSource) -> list[Finding]:
         """What the doctor says of it.
@@ -61,7 +47,7 @@ class BeforeAfterReport(L.Callback):
         """
         if not data.val_splits:
             raise UserError("BeforeAfterReport needs a split in data.val_splits")
-        return [Finding("run", "report", f"on {', '.join(data.val_splits)}, memories to {self.factors[-1]}x a pack")]
+        return [Finding("run", "report", f"on {', '.join(data.val_splits)}")]
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured before training outlives a resume."""
@@ -78,34 +64,28 @@ class BeforeAfterReport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures again, and reports."""
-        data, module = _parts(trainer, pl_module)
+        data, module = parts(trainer, pl_module, self)
         after = self._evaluate(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         assert data.data is not None
         k = module.msa.top_k
         bm25 = {split: bm25_recall(packs, data.data, k) for split, (_, packs) in after.items()}
-        first = data.val_splits[0]
-        with trainer.precision_plugin.forward_context():
-            lengths = evaluate_lengths(module.net, data, after[first][1][: self.groups], self.factors, k)
         folder = Path(trainer.default_root_dir)
-        report = self._report({split: found for split, (found, _) in after.items()}, bm25, lengths, first)
+        report = self._report({split: found for split, (found, _) in after.items()}, bm25)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / NUMBERS).write_text(json.dumps(report, indent=1) + "\n")
         figure = draw(report)
-        figure.savefig(folder / "report.png", dpi=120)
+        figure.savefig(folder / FIGURE, dpi=120)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                board = logger.experiment
-                board.add_figure("extrapolation/curve", figure, trainer.global_step)
-                for row in report["lengths"]:
-                    board.add_scalar(f"extrapolation/recall@1/{row['factor']}x", row["recall@1"], trainer.global_step)
+                logger.experiment.add_figure("routing/before_after", figure, trainer.global_step)
         print_report(report, folder)
 
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, tuple[Evaluation, list[tuple[Plan, MemoryPack]]]]:
-        data, module = _parts(trainer, pl_module)
+        data, module = parts(trainer, pl_module, self)
         result = {}
         for split in data.val_splits:
             packs = data.evaluation_packs(split)  # all of them on every rank: few, and the numbers are whole
@@ -113,13 +93,7 @@ class BeforeAfterReport(L.Callback):
                 result[split] = evaluate_packs(module.net, (pack for _, pack in packs), module.msa.top_k), packs
         return result
 
-    def _report(
-        self,
-        after: dict[str, Evaluation],
-        bm25: dict[str, dict[str, float]],
-        lengths: list[LengthResult],
-        length_split: str,
-    ) -> dict[str, Any]:
+    def _report(self, after: dict[str, Evaluation], bm25: dict[str, dict[str, float]]) -> dict[str, Any]:
         return {
             "seconds": round(time.perf_counter() - self.started, 1),
             "splits": {
@@ -131,20 +105,6 @@ class BeforeAfterReport(L.Callback):
                 }
                 for split, found in after.items()
             },
-            "length_split": length_split,
-            "lengths": [
-                {
-                    "factor": length.factor,
-                    "documents": length.documents,
-                    "tokens": length.tokens,
-                    "queries": len(length.recall),
-                    "recall@1": float(length.recall.mean()),
-                    "interval": bootstrap_interval(length.recall),
-                    "bm25_recall@1": float(length.bm25.mean()),
-                    "bm25_interval": bootstrap_interval(length.bm25),
-                }
-                for length in lengths
-            ],
         }
 
 
@@ -169,21 +129,7 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if any(len(row["after"]["steps"]) > 1 for row in report["splits"].values()):
         console.print(_steps_table(report))
-    table = Table(title=f"Longer memories: recall@1 of {report['length_split']} [95% interval]")
-    for name in ("memory", "documents", "tokens", "router", "BM25", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in report["lengths"]:
-        low, high = row["interval"]
-        table.add_row(
-            f"{row['factor']}x",
-            f"{row['documents']:,}",
-            f"{row['tokens']:,}",
-            f"[bold]{row['recall@1']:.3f}[/bold] [{low:.2f}, {high:.2f}]",
-            f"{row['bm25_recall@1']:.3f}",
-            str(row["queries"]),
-        )
-    console.print(table)
-    for what, place in (("figure", "report.png"), ("numbers", "report.json")):
+    for what, place in (("figure", FIGURE), ("numbers", NUMBERS)):
         console.print(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
     console.print(f"{'TensorBoard':<12}tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
 
@@ -203,12 +149,10 @@ def _steps_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def draw(report: dict[str, Any]) -> Any:
-    """Recall before and after beside its baselines, and recall over the memory's length, as a matplotlib figure."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def draw(report: dict[str, Any]) -> Figure:
+    """Recall before and after beside its baselines, as a matplotlib figure."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     series = {
         "random": ([row["random_recall@1"] for row in report["splits"].values()], "#c8c8c8"),
         "untrained router": ([row["before"]["routing"]["recall@1"] for row in report["splits"].values()], "#9ecae1"),
@@ -217,34 +161,12 @@ def draw(report: dict[str, Any]) -> Any:
     }
     for number, (name, (values, colour)) in enumerate(series.items()):
         places = [place + (number - 1.5) * 0.2 for place in range(len(values))]
-        bars = left.bar(places, values, 0.19, label=name, color=colour)
-        left.bar_label(bars, fmt="%.2f", fontsize=8)
+        bars = axes.bar(places, values, 0.19, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
     documents = next(iter(report["splits"].values()))["after"]["documents"]
-    left.set_xticks(range(len(report["splits"])), report["splits"].keys())
-    left.set(ylim=(0, 1.18), ylabel="recall@1", title=f"Held-out queries, {documents:.0f} documents per pack")
-    left.legend(ncols=2, fontsize=8, loc="upper right")
-
-    rows = report["lengths"]
-    tokens = [row["tokens"] for row in rows]
-    for name, key, interval, colour in (
-        ("trained router", "recall@1", "interval", "#08519c"),
-        ("BM25", "bm25_recall@1", "bm25_interval", "#fd8d3c"),
-    ):
-        right.plot(tokens, [row[key] for row in rows], "o-", color=colour, label=name)
-        right.fill_between(tokens, *zip(*(row[interval] for row in rows), strict=True), color=colour, alpha=0.15)
-    right.axvline(tokens[0], color="grey", linestyle=":", label="trained length")
-    right.set_xscale("log", base=2)
-    right.set_xticks(tokens, [f"{row['factor']}x\n{row['tokens'] / 1000:.0f}K" for row in rows])
-    right.set(ylim=(0, 1.02), xlabel="tokens of memory", ylabel="recall@1", title="Beyond the trained length")
-    right.legend(fontsize=8, loc="lower left")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
+    axes.set_xticks(range(len(report["splits"])), report["splits"].keys())
+    axes.set(ylim=(0, 1.18), ylabel="recall@1", title=f"Held-out queries, {documents:.0f} documents per pack")
+    axes.legend(ncols=2, fontsize=8, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
     return figure
-
-
-def _parts(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[PackedMemory, MemorySparseModule]:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PackedMemory) or not isinstance(pl_module, MemorySparseModule):
-        raise UserError("BeforeAfterReport needs data of class datamodules.PackedMemory")
-    return data, pl_module

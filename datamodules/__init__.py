@@ -1,5 +1,6 @@
-"""Where packs come from: corpora, tokenizers, packing, loaders."""
+"""Where packs come from, and what evaluations ask: corpora, tokenizers, packing, loaders, tasks."""
 
 from datamodules.packed_memory import PackedMemory
+from datamodules.tasks import AnswerTask, NeedleTask, RetrievalTask
 
-__all__ = ["PackedMemory"]
+__all__ = ["AnswerTask", "NeedleTask", "PackedMemory", "RetrievalTask"]

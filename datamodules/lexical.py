@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_train.evaluation.retrieval import best_places
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s starts jax where that is installed, which takes a GPU's memory
 import bm25s
 
@@ -33,3 +35,17 @@ class LexicalIndex:
         if self.index is None or not words:
             return np.zeros(self.size, np.float32)
         return self.index.get_scores(words)
+
+    def best(self, question: str, k: int) -> list[int]:
+        """Places of the k best texts, best first; equal ones in the order of their places."""
+        return best_places(self.scores(question), k)
+
+
+class BM25Retriever:
+    """Ranks texts by BM25."""
+
+    name = "BM25"
+
+    def index(self, texts: Sequence[str]) -> LexicalIndex:
+        """An index of these texts."""
+        return LexicalIndex(texts)

@@ -1,7 +1,7 @@
-"""The memory's commands: encode a corpus, ask it, look after a bank.
+"""The commands that need a run's folder and no config: encode a corpus, ask it, look after a bank, compare runs.
 
-They need a run's folder and no config: what the model is, and how it reads text, stands in the folder. What a document
-or an answer says goes to the terminal as text alone: control characters in it are shown, not obeyed.
+What the model is, and how it reads text, stands in the folder. What a document or an answer says goes to the terminal
+as text alone: control characters in it are shown, not obeyed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from msa_train.memory.segment import source_of
 from msa_train.runs import Run, open_run
 from msa_train.search import LOW
 
-PASSAGES = "datamodules.passages:open_passages"  # by name: the library does not import it
+# by name: the library does not import them
+PASSAGES = "datamodules.passages:open_passages"
+COMPARISON = "callbacks.comparison:compare_runs"
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -141,6 +143,16 @@ def bank(
                 advance(size)
         _say(f"whole: {gib(total)} read, every checksum as written")
     _print_bank(folder)
+
+
+def report(runs: list[str], out: str = "comparison") -> None:
+    """Compare the evaluations of runs, in one table and one figure.
+
+    Args:
+        runs: Folders of runs that callbacks.ExtrapolationEvaluation has evaluated.
+        out: Where to write, without an ending: OUT.md and OUT.png.
+    """
+    pkgutil.resolve_name(COMPARISON)([Path(run) for run in runs], Path(out))
 
 
 def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> None:
@@ -294,7 +306,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 # --- on the command line ------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "ask": ask, "bank": bank}
+COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "ask": ask, "bank": bank, "report": report}
 
 
 def add_arguments(parser: Any, name: str) -> None:
@@ -315,6 +327,9 @@ def add_arguments(parser: Any, name: str) -> None:
             },
             "--verify": {"action": "store_true", "help": "Read all files and compare their checksums."},
         }
+    elif name == "report":
+        words = "Folders of runs that callbacks.ExtrapolationEvaluation has evaluated."
+        by_hand = {"runs": {"nargs": "+", "metavar": "RUN", "help": words}}
     for argument, options in by_hand.items():
         parser.add_argument(argument, **options)
     skip = {argument.lstrip("-") for argument in by_hand} | {"config"}

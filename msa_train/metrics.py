@@ -1,8 +1,8 @@
 """What is measured of routing: retrieval quality, and whether the router still tells queries apart.
 
 Collapse does not show in the loss: the same few documents may be chosen for every query while it falls. So beside
-recall, MRR and NDCG stand the entropy of what was selected, the share of documents that anybody selected, and the
-share of queries that the most popular document wins ("hubness").
+recall, MRR and NDCG stand the entropy of what was selected, the share of documents that anybody selected, the share of
+queries that the most popular document wins ("hubness"), and by how much right documents outscore wrong ones ("margin").
 
 Shapes: L routed layers, Q queries, D documents, K selected documents.
 """
@@ -46,6 +46,20 @@ def retrieval_scores(score_XD: Tensor, positive_XD: Tensor, k: int) -> dict[str,
     ideal = discount.cumsum(0)[number.long() - 1]
     result["ndcg"] = (relevant / torch.log2(rank + 2)).sum(-1) / ideal
     return result
+
+
+def score_margins(score_QD: Tensor, positive_QD: Tensor) -> Tensor:
+    """By how much each query's best positive outscores its best negative. [Q]; NaN where a query lacks either.
+
+    A document with a score of -inf is excluded: it is neither.
+
+    >>> scores = torch.tensor([[0.75, 0.5, 0.25], [0.75, 0.5, -torch.inf]])
+    >>> score_margins(scores, torch.tensor([[False, True, False], [True, True, False]]))
+    tensor([-0.2500,     nan])
+    """
+    positive = score_QD.masked_fill(~positive_QD, -torch.inf).amax(-1)
+    negative = score_QD.masked_fill(positive_QD, -torch.inf).amax(-1)
+    return (positive - negative).where(positive.isfinite() & negative.isfinite(), torch.nan)
 
 
 def selection_health(selected_QK: Tensor, documents: int, positive_QD: Tensor) -> dict[str, Tensor]:
@@ -125,13 +139,18 @@ class RoutingMetrics(Metric):
         self.health: Tensor
         self.queries: Tensor
         self.packs: Tensor
+        self.margin: Tensor
+        self.contested: Tensor
         self.add_state("retrieval", torch.zeros(rows, len(self.NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("health", torch.zeros(rows, len(self.HEALTH), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("queries", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("packs", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("margin", torch.zeros(rows, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("contested", torch.zeros(rows, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, score_LQD: Tensor, selected_LQK: Tensor, positive_QD: Tensor) -> None:
-        """Adds a pack. Queries without a positive count in none of the retrieval scores."""
+        """Adds a pack. Queries without a positive count in none of the retrieval scores, and those without a negative
+        not in the margin either."""
         asked = positive_QD.any(-1)
         routed = asked.any()  # a pack of instructions alone says nothing of the router
         overall_QD = score_LQD.mean(0)
@@ -141,6 +160,9 @@ class RoutingMetrics(Metric):
             self.retrieval[row] += torch.stack([(scores[name] * asked).sum() for name in self.NAMES])
             health = selection_health(selected_QK, score_QD.shape[-1], positive_QD)
             self.health[row] += routed * torch.stack([health[name] for name in self.HEALTH])
+            margin_Q = score_margins(score_QD, positive_QD)
+            self.margin[row] += margin_Q.nansum()
+            self.contested[row] += (~margin_Q.isnan()).sum()
         self.queries += asked.sum()
         self.packs += routed
 
@@ -148,9 +170,11 @@ class RoutingMetrics(Metric):
         """Means: `recall@1`, ... overall, and `layer_{i}/recall@1`, ... for every routed layer."""
         retrieval = self.retrieval / self.queries.clamp_min(1)
         health = self.health / self.packs.clamp_min(1)
+        margin = self.margin / self.contested.clamp_min(1)
         result = {}
         prefixes = (*(f"layer_{layer}/" for layer in self.layers), "")
         for row, prefix in enumerate(prefixes):
             result.update({prefix + name: value for name, value in zip(self.NAMES, retrieval[row], strict=True)})
             result.update({prefix + name: value for name, value in zip(self.HEALTH, health[row], strict=True)})
+            result[prefix + "margin"] = margin[row]
         return result

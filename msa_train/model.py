@@ -57,12 +57,6 @@ class DocumentMemory(TensorFields):
     def _map(self, change: Callable[[Tensor], Tensor]) -> DocumentMemory:
         return DocumentMemory(self.chunks._map(change), tuple(layer._map(change) for layer in self.layers))
 
-    def first(self, documents: int) -> DocumentMemory:
-        """The memory of the first `documents` documents: one encoding serves every smaller memory."""
-        stop = int(self.chunks.offsets_D[documents])
-        layers = tuple(layer._map(lambda rows: rows[:stop]) for layer in self.layers)
-        return DocumentMemory(self.chunks.first(documents), layers)
-
     @staticmethod
     def join(parts: list[DocumentMemory]) -> DocumentMemory:
         """One memory of several, in order: documents do not depend on their neighbours."""

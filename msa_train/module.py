@@ -40,6 +40,8 @@ from msa_train.protocol import RoutingWords
 from msa_train.routing import select_documents
 
 COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
+SETTLED = 50  # steps after which a router that still sends all queries to one place is not just starting
+MEND = "Compare with the untrained router, try router_init aligned, a lower router_lr, or more queries per pack."
 
 
 class MemorySparseModule(L.LightningModule):
@@ -86,11 +88,13 @@ class MemorySparseModule(L.LightningModule):
         self.init_from, self.backend, self.recompute = init_from, attention, recompute
         self.dtype_name = weights
         self.model: MemorySparseModel | None = None
+        self.watches_collapse = True  # until a callback does, that knows the layers apart
         self._collapse_told = False
         self._skipped = torch.zeros(())
         self._resuming = False
         self._loaded_step = 0
         self.layer_recall: dict[int, float] = {}
+        self.held_out_values: dict[str, dict[str, Tensor]] = {}
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -135,13 +139,7 @@ class MemorySparseModule(L.LightningModule):
         """Opens the backbone and attaches routers, once."""
         if self.model is not None:
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())  # alike on all ranks, whatever was drawn since seed_everything
-            backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
-            tokenizer = self._tokenizer()
-            if tokenizer is not None:
-                fit_vocabulary(backbone, len(tokenizer))
-            self.model = MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
+        self.model = self.untrained()
         layers, k = self.model.routed_layers, self.msa.top_k
         splits = self._splits()
         self.held_out: Any = torch.nn.ModuleList([RoutingMetrics(layers, k) for _ in splits])
@@ -153,6 +151,16 @@ class MemorySparseModule(L.LightningModule):
                 weight.requires_grad_(False)
         if self.init_from is not None and not self._resuming:
             self._load_weights(self.init_from)
+
+    def untrained(self) -> MemorySparseModel:
+        """The model as it is before all training: the backbone's own weights, and routers as they are drawn."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())  # alike on all ranks, whatever was drawn since seed_everything
+            backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
+            tokenizer = self._tokenizer()
+            if tokenizer is not None:
+                fit_vocabulary(backbone, len(tokenizer))
+            return MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
 
     @property
     def net(self) -> MemorySparseModel:
@@ -232,9 +240,7 @@ class MemorySparseModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: MemoryPack, batch_idx: int) -> None:
         """Reads the running training metrics at the logging interval."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and every and self.global_step % every == 0:
+        if self.logs_after(batch_idx):
             number, phase, within = self.timeline.at(self.global_step - 1)
             loss, values = self.training_loss.compute(), self.training_routing.compute()
             self.training_loss.reset()
@@ -246,8 +252,14 @@ class MemorySparseModule(L.LightningModule):
                 self.log(f"train/{name}", values[name], batch_size=1, prog_bar=name == "recall@1")
             self.log("train/lr", phase.learning_rate(within, "routers"), batch_size=1)
             self.log("train/phase", float(number), batch_size=1)
-            if self.global_step >= 50:
+            if self.global_step >= SETTLED:
                 self._watch_collapse(float(values["diversity"]), float(values["hubness"]), "training packs")
+
+    def logs_after(self, batch_idx: int) -> bool:
+        """Whether a pack ended an optimiser step at the logging interval."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return stepped and every > 0 and self.global_step % every == 0
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -260,7 +272,7 @@ class MemorySparseModule(L.LightningModule):
 
     def validation_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Routes held-out queries over their whole pack."""
-        _, phase, _ = self.timeline.at(max(self._steps_done() - 1, 0))
+        _, phase, _ = self.timeline.at(max(self.steps_done() - 1, 0))
         output, lm_sum, routing_sum = self._losses(pack, phase)
         if pack.counted:
             labels = len(pack.contexts.label_target_N)
@@ -272,6 +284,7 @@ class MemorySparseModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs every split, keeps how well each layer routes, and warns once when the router has collapsed."""
         found = [metric.compute() for metric in self.held_out]
+        self.held_out_values = dict(zip(self._splits(), found, strict=True))
         self.layer_recall = {
             layer: sum(float(values[f"layer_{layer}/recall@1"]) for values in found) / len(found)
             for layer in self.net.routed_layers
@@ -282,7 +295,7 @@ class MemorySparseModule(L.LightningModule):
                 self.log(f"routing/{name}/{split}", value)
             for name, value in self.held_out_loss[number].compute().items():
                 self.log(f"loss/{name}/{split}", value)
-            if self._steps_done() > 0:
+            if self.steps_done() > 0:
                 self._watch_collapse(float(values["diversity"]), float(values["hubness"]), f"split '{split}'")
 
     on_test_epoch_end = on_validation_epoch_end
@@ -343,17 +356,17 @@ class MemorySparseModule(L.LightningModule):
         return output, lm_sum, per_query.mean(0).sum()
 
     def _watch_collapse(self, diversity: float, hubness: float, where: str) -> None:
-        if diversity < COLLAPSED and not self._collapse_told:
+        if diversity < COLLAPSED and self.watches_collapse and not self._collapse_told:
             self._collapse_told = True
             if self.trainer.is_global_zero:
                 warnings.warn(
                     f"the router has collapsed: on {where} the most popular document wins {hubness:.0%} of the queries "
-                    f"(diversity {diversity:.2f}; 1 is healthy). Compare with the untrained router, try router_init "
-                    "aligned, a lower router_lr, or more queries per pack.",
+                    f"(diversity {diversity:.2f}; 1 is healthy). {MEND}",
                     stacklevel=2,
                 )
 
-    def _steps_done(self) -> int:
+    def steps_done(self) -> int:
+        """Steps that the weights were trained for, in a run that trains and in one that evaluates a checkpoint."""
         # Lightning restores the step for fitting alone
         return max(self.global_step, self._loaded_step)
 

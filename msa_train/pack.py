@@ -100,11 +100,6 @@ class ChunkLayout(TensorFields):
             largest_sums=(0, *largest),
         )
 
-    def first(self, documents: int) -> ChunkLayout:
-        """Layout of the first `documents` documents alone (a memory's prefix is a memory)."""
-        counts = self.offsets_D.diff()[:documents].tolist()
-        return ChunkLayout.of_counts(counts).to(self.offsets_D.device)
-
 
 @dataclass(frozen=True)
 class Documents(TensorFields):

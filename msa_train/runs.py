@@ -83,7 +83,7 @@ def open_run(name: str | Path) -> Run:
         checkpoint=checkpoint,
         model=model.eval().requires_grad_(False),
         protocol=protocol,
-        layer_weights=layer_shares(_read_recall(folder / RECALL, model.routed_layers)),
+        layer_weights=layer_shares(read_recall(folder / RECALL, model.routed_layers)),
         max_document_tokens=config.whole("data.init_args.max_document_tokens", DOCUMENT_TOKENS),
     )
 
@@ -111,8 +111,12 @@ def save_recall(folder: Path, step: int, recall: Mapping[int, float]) -> None:
     aside.replace(folder / RECALL)
 
 
-def _read_recall(file: Path, layers: Sequence[int]) -> list[float]:
-    """Recall of every routed layer; zeros where nothing was validated."""
+def read_recall(file: Path, layers: Sequence[int]) -> list[float]:
+    """Recall@1 of every routed layer in a run's last validation, of its routing.json; zeros where there was none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     if not file.is_file():
         return [0.0] * len(layers)
     try:

@@ -15,7 +15,8 @@ from msa_train.cli import build
 
 ROOT = Path(__file__).parent.parent
 CORPORA = sorted((ROOT / "configs" / "corpora").glob("*.yaml"))
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*CORPORA})
+EVALUATIONS = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*CORPORA, *EVALUATIONS})
 STAND_INS = {"Qwen/Qwen3-4B-Instruct-2507": "qwen3_4b", "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2_135m"}
 SIZES = {"qwen3_4b": 4_022_468_096, "smollm2_135m": 134_515_008, "tiny_qwen3": 3_146_000}
 
@@ -80,7 +81,7 @@ def test_qwen3_4b_routers_have_the_published_shapes() -> None:
 
 def test_quick_start_says_what_it_measures() -> None:
     text = (ROOT / "configs/quickstart.yaml").read_text()
-    assert "callbacks.BeforeAfterReport" in text
+    assert "callbacks.BeforeAfterReport" in text and "callbacks.ExtrapolationEvaluation" in text
     assert json.loads((ROOT / "configs/backbones/tiny_qwen3.json").read_text())["model_type"] == "qwen3"
     assert re.search(r"val_splits: \[by_name, by_summary\]", text)
 
@@ -92,3 +93,15 @@ def test_corpus_names_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert command == f"# msa-train pack --data.corpus {path.relative_to(ROOT)} --data.tokenizer TOKENIZER"
     cli = build(shlex.split(command)[2:], run=False)
     assert list(cli.datamodule.corpora) == [str(path.relative_to(ROOT))]
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_evaluation_builds_over_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = path.read_text().partition("\n")[0]
+    assert command.startswith("# msa-train test ") and str(path.relative_to(ROOT)) in command
+    run = "checkpoints/quickstart/config.yaml"
+    words = ["configs/quickstart.yaml" if word == run else word for word in shlex.split(command)[2:]]
+    cli = build(words, run=False)
+    (callback,) = (one for one in cli.trainer.callbacks if type(one).__name__ == "ExtrapolationEvaluation")
+    assert callback.tasks and callback.baselines

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from msa_train.config import MSAConfig
+from msa_train.evaluation import Asked, Memory, Task, Trial
+from msa_train.evaluation.methods import Routed
+from msa_train.generation import AskConfig
 from msa_train.losses import routing_loss
 from msa_train.model import MemorySparseModel
 from msa_train.module import SkippingAdamW
 from msa_train.pack import MemoryPack
-from tests.conftest import tiny_backbone, tiny_pack
+from tests.conftest import ANIMALS, COLOURS, tiny_backbone, tiny_pack
+from tests.memory.conftest import model_for, passages, protocol_with
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
@@ -84,3 +92,29 @@ def test_a_fused_step_skips_a_broken_gradient_without_looking() -> None:
         optimizer.step()
         assert torch.equal(before, weight) == bool(broken)
     assert torch.isfinite(weight).all() and float(optimizer.state[weight]["step"]) == 2
+
+
+def test_an_evaluation_on_a_gpu_finds_what_one_on_a_cpu_does_and_leaves_its_memory(tmp_path: Path) -> None:
+    protocol = protocol_with("question", tmp_path)
+    documents = [*passages(protocol, range(60))]
+    asked = tuple(
+        Asked(f"q{n}", f"Where does the {COLOURS[n % 8]} {ANIMALS[n // 8]} live?", (n + 1,)) for n in range(9)
+    )
+    trials = [
+        Trial(45, {4: documents[50], 47: documents[51]}, asked[:5], 1000),
+        Trial(30, {60: documents[52]}, asked[5:], 700),
+    ]
+    memories = [Memory(documents, trial) for trial in trials]
+    task = cast(Task, SimpleNamespace(pool_name="pool", pool=lambda length: documents, name="task"))
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = model_for(protocol, **WIDE).to(device)
+        before = torch.cuda.memory_allocated()
+        method = Routed("router", model, protocol, AskConfig(max_new_tokens=5, max_steps=2), keys="float32")
+        method.prepare(task, 1000)
+        found[device] = method.rank(task, memories, 10), method.answer(task, memories)
+        method.close()
+        del method
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
+    assert found["cpu"] == found["cuda"] and sum(map(len, found["cpu"][0])) == 9

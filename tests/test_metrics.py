@@ -7,7 +7,14 @@ import math
 import torch
 from torchmetrics.functional import retrieval as theirs
 
-from msa_train.metrics import LossMeans, RoutingMetrics, rank_documents, retrieval_scores, selection_health
+from msa_train.metrics import (
+    LossMeans,
+    RoutingMetrics,
+    rank_documents,
+    retrieval_scores,
+    score_margins,
+    selection_health,
+)
 
 
 def test_scores_equal_torchmetrics() -> None:
@@ -79,6 +86,28 @@ def test_metric_weighs_queries_not_packs_and_skips_those_without_a_positive() ->
     values = metric.compute()
     assert values["recall@1"].item() == 0.25 == values["layer_3/recall@1"].item()
     assert set(name.rpartition("/")[0] for name in values) == {"", "layer_2", "layer_3"}
+
+
+def test_margin_is_the_best_positive_minus_the_best_negative_that_is_not_excluded() -> None:
+    scores = torch.tensor([[0.9, 0.3, 0.5, -torch.inf], [-0.1, -0.4, -0.2, -torch.inf], [0.5, 0.1, 0.2, 0.3]])
+    positive = torch.tensor([[False, True, False, False], [True, True, False, False], [False] * 4])
+    found = score_margins(scores, positive)
+    torch.testing.assert_close(found[:2], torch.tensor([0.3 - 0.9, -0.1 + 0.2]))
+    assert found[2].isnan(), "no positive"
+    assert score_margins(scores[:2, :2], positive[:2, :2])[1].isnan(), "no negative"
+
+
+def test_mean_margin_is_over_the_queries_that_have_one() -> None:
+    """A margin of 0.5, one of -0.25, and three queries that have none: no positive, no negative, all excluded."""
+    metric = RoutingMetrics((4, 7), k=2)
+    scores = torch.tensor([[0.75, 0.25], [0.25, 0.5], [0.9, 0.1], [0.8, 0.2], [-torch.inf, -torch.inf]])
+    positive = torch.tensor([[True, False], [True, False], [False, False], [True, True], [False, False]])
+    for rows in (slice(0, 1), slice(1, 5)):
+        both = torch.stack([scores[rows], scores[rows] - 1])  # a shift of a layer's scores is no margin
+        metric.update(both, torch.zeros(2, len(scores[rows]), 1, dtype=torch.int64), positive[rows])
+    values = metric.compute()
+    for name in ("margin", "layer_4/margin", "layer_7/margin"):
+        assert math.isclose(values[name].item(), 0.125, rel_tol=1e-6), name
 
 
 def test_loss_mean_is_over_tokens_not_packs() -> None:

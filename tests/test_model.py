@@ -199,18 +199,18 @@ def test_encode_then_read_equals_forward() -> None:
     assert torch.equal(forward.selected_LQK, read.selected_LQK)
 
 
-def test_prefix_and_join_equal_encoding_alone() -> None:
+def test_memories_joined_equal_encoding_at_once() -> None:
     model = tiny_model()
     texts = [tokens(n, i) for i, n in enumerate((11, 3, 8, 1, 13))]
     with torch.no_grad():
         whole = model.encode(Documents.build(texts, 4))
         parts = [model.encode(Documents.build(part, 4)) for part in (texts[:2], texts[2:])]
-    for left, right in ((whole.first(2), parts[0]), (whole, DocumentMemory.join(parts))):
-        assert left.chunks.largest_sums == right.chunks.largest_sums
-        assert torch.equal(left.chunks.offsets_D, right.chunks.offsets_D)
-        for a, b in zip(left.layers, right.layers, strict=True):
-            torch.testing.assert_close(a.key_CGW, b.key_CGW, atol=1e-6, rtol=1e-5)
-            torch.testing.assert_close(a.router_key_CR, b.router_key_CR, atol=1e-6, rtol=1e-5)
+    joined = DocumentMemory.join(parts)
+    assert whole.chunks.largest_sums == joined.chunks.largest_sums
+    assert torch.equal(whole.chunks.offsets_D, joined.chunks.offsets_D)
+    for a, b in zip(whole.layers, joined.layers, strict=True):
+        torch.testing.assert_close(a.key_CGW, b.key_CGW, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(a.router_key_CR, b.router_key_CR, atol=1e-6, rtol=1e-5)
 
 
 def test_selection_is_that_of_the_returned_scores() -> None:

@@ -1,0 +1,284 @@
+"""ExtrapolationEvaluation: how far the memory reaches beyond the trained length, measured while a run trains.
+
+The largest memory is encoded once, shared out over the ranks, and every shorter one is its beginning. The invariant:
+training goes on as if nothing had been; weights, optimiser, random generators, modes and memory are as they were.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich import get_console
+
+from callbacks.figures import draw_curves, draw_depths
+from callbacks.parts import packed_memory, parts, undisturbed
+from callbacks.throughput import Throughput
+from datamodules import PackedMemory
+from datamodules.lexical import BM25Retriever
+from msa_train.errors import UserError
+from msa_train.evaluation import Task
+from msa_train.evaluation.baselines import Backbone, FullAttention, Retrieving
+from msa_train.evaluation.evaluate import Evaluator, Record, Row
+from msa_train.evaluation.judge import Judge, JudgeConfig
+from msa_train.evaluation.methods import Method, Routed
+from msa_train.evaluation.ranks import Ranks
+from msa_train.evaluation.report import FILE, TABLES, Evaluation, Report, label, parse_length
+from msa_train.findings import Finding
+from msa_train.generation import AskConfig
+from msa_train.kernels.maxsim import Precision
+from msa_train.model import MemorySparseModel
+from msa_train.module import MemorySparseModule
+from msa_train.runs import RECALL, layer_shares, read_recall
+from msa_train.source import PackSource
+
+Baseline = Literal["untrained", "bm25", "dense", "full_attention"]
+CURVES, DEPTHS, GRADES = "extrapolation.png", "depth.png", "judge.jsonl"
+
+
+class ExtrapolationEvaluation(L.Callback):
+    """Evaluates tasks over memories of many lengths, during training and at its end.
+
+    Writes report.json, report.md, figures and `answers-STEP.jsonl` (every question of an evaluation, what was found and
+    answered, and its scores) into the run's folder; scalars, curve, depth heat map and tables go to TensorBoard.
+    `msa-train test` runs it alone, on a trained checkpoint.
+
+    Args:
+        tasks: What is asked: datamodules.RetrievalTask, datamodules.AnswerTask, datamodules.NeedleTask.
+        lengths: Tokens of the memories, ascending: 65536, 64K, 1M, or 64x the trained length.
+        every_n_steps: Evaluate every so many steps; 0 for no such round.
+        at_steps: Further steps to evaluate at.
+        at_end: Evaluate when training ends.
+        baselines: Who answers the same questions when training ends and in `msa-train test`: the `untrained` router;
+            `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything.
+        dense_model: Folder or hub name of the dense retriever's model, for sentence-transformers.
+        ask: How questions are answered. Retrieving baselines read as many documents.
+        keys: Precision of the routing keys.
+        budget_s: Seconds for an evaluation. What would take longer is left out, the longest memories first, and the
+            report says so. The model has half of it when baselines follow.
+        judge: Grades answers from 0 to 5; nobody by default.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        lengths: tuple[int | str, ...] = ("1x", "2x", "4x", "8x", "16x", "32x", "64x"),
+        every_n_steps: int = 0,
+        at_steps: tuple[int, ...] = (),
+        at_end: bool = True,
+        baselines: tuple[Baseline, ...] = ("bm25", "untrained"),
+        dense_model: str = "sentence-transformers/all-MiniLM-L6-v2",
+        ask: AskConfig = AskConfig(),
+        keys: Precision = "bfloat16",
+        budget_s: float = 600.0,
+        judge: JudgeConfig | None = None,
+    ) -> None:
+        names = [task.name for task in tasks]
+        if not tasks or len(set(names)) < len(names):
+            raise UserError(
+                f"ExtrapolationEvaluation: tasks are {', '.join(names) or 'none'}: give at least one, each with a "
+                "name of its own"
+            )
+        if not lengths or budget_s <= 0 or every_n_steps < 0 or len(set(baselines)) < len(baselines):
+            raise UserError(
+                "ExtrapolationEvaluation: give lengths, a budget_s above 0, every_n_steps from 0, each baseline once"
+            )
+        self.tasks, self.given_lengths, self.baselines = list(tasks), tuple(lengths), tuple(baselines)
+        self.every_n_steps, self.at_steps, self.at_end = every_n_steps, tuple(at_steps), at_end
+        self.dense_model, self.ask, self.keys, self.budget_s = dense_model, ask, keys, budget_s
+        self.judge = judge
+        self._judge: Judge | None = None
+        self.report: Report | None = None
+        self._opened = False
+
+    # --- before the run -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Opens the tasks, so that what is wrong with them is known before anything is trained."""
+        data, module = parts(trainer, pl_module, self)
+        self._open(data)
+        # earlier evaluations stand in the run's folder, and outlive a resume there
+        folder, trained = Path(trainer.default_root_dir), data.packing.document_tokens
+        earlier = Report.open(folder).evaluations if (folder / FILE).is_file() else []
+        self.report = Report(trained, module.msa.top_k, earlier)
+        if self.judge is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._judge = Judge(self.judge, folder / GRADES)  # a key that is missing is told now
+
+    def examine(self, data: PackSource) -> list[Finding]:
+        """What the doctor says of it.
+
+        Raises:
+            UserError: A task cannot be asked.
+        """
+        self._open(packed_memory(data, self))
+        findings = []
+        for task in self.tasks:
+            reach = task.reach()
+            longest = max((n for n in self.lengths if reach is None or n <= reach), default=0)
+            told = f"{task.name} to {label(longest)}" if longest else f"{task.name}: no length is within its documents"
+            short = reach is not None and longest < self.lengths[-1]
+            mend = f"it has documents for {reach:,} tokens: add distractors, or leave longer memories out"
+            findings.append(Finding("run", "evaluation", told, "warning" if short else "ok", mend if short else ""))
+        return findings
+
+    def _open(self, data: PackedMemory) -> None:
+        if self._opened:
+            return
+        trained = data.packing.document_tokens
+        self.lengths = sorted({parse_length(words, trained) for words in self.given_lengths})
+        for task in self.tasks:
+            task.open(data.protocol, data)
+            next(task.trials(self.lengths[0]))  # a memory too short for what is asked is told now
+        self._opened = True
+
+    # --- when ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluates at its steps."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and self.due(trainer.global_step, trainer.max_steps):
+            self._run(trainer, pl_module, ())
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it evaluates after a step that is not the end, or whose end it does not evaluate anyway."""
+        wanted = step in self.at_steps or (self.every_n_steps > 0 and step % self.every_n_steps == 0)
+        return wanted and not (self.at_end and step == last)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluates once more, baselines included."""
+        if self.at_end:
+            self._run(trainer, pl_module, self.baselines)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluates what `msa-train test` opened, baselines included."""
+        self._run(trainer, pl_module, self.baselines)
+
+    # --- what ---------------------------------------------------------------------------------------------------
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, baselines: tuple[Baseline, ...]) -> None:
+        _, module = parts(trainer, pl_module, self)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                callback.pause()
+        step, started = module.steps_done(), time.monotonic()
+        folder = Path(trainer.default_root_dir)
+        ranks = Ranks.here()
+        assert self.report is not None
+        metrics = {task.name: task.metric for task in self.tasks}
+        tell = partial(_tell, step=step, metrics=metrics)
+        evaluator = Evaluator(self.tasks, self.lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
+        try:
+            with undisturbed(trainer, module):
+                rows, records = evaluator.run(self._methods(trainer, module, baselines, ranks))
+        finally:
+            ranks.close()
+            gc.collect()
+            if module.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if trainer.is_global_zero:
+            evaluation = Evaluation(step, time.monotonic() - started, self._settings(), rows, metrics)
+            self.report = self.report.with_evaluation(evaluation)
+            self._publish(trainer, folder, evaluation, records)
+
+    def _methods(
+        self, trainer: L.Trainer, module: MemorySparseModule, baselines: tuple[Baseline, ...], ranks: Ranks
+    ) -> dict[str, Callable[[], Method]]:
+        data, _ = parts(trainer, module, self)
+        protocol = data.protocol
+        answers = any(task.answers for task in self.tasks)
+        shares = layer_shares(read_recall(Path(trainer.default_root_dir) / RECALL, module.net.routed_layers))
+
+        def untouched() -> MemorySparseModel:
+            return module.untrained().to(module.device).eval().requires_grad_(False)
+
+        def reader() -> Backbone | None:
+            wanted = answers and ranks.rank == 0
+            return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens) if wanted else None
+
+        def dense() -> Method:
+            from datamodules.dense import DenseRetriever  # its package is optional
+
+            return Retrieving(DenseRetriever(self.dense_model, str(module.device)), reader(), self.ask.documents, ranks)
+
+        makers: dict[str, Callable[[], Method]] = {
+            "untrained": lambda: Routed("untrained router", untouched(), protocol, self.ask, None, self.keys, ranks),
+            "bm25": lambda: Retrieving(BM25Retriever(), reader(), self.ask.documents, ranks),
+            "dense": dense,
+            "full_attention": lambda: FullAttention(reader(), ranks),
+        }
+        return {
+            "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),
+            **{name: makers[name] for name in baselines},
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        about = {task.name: dict(task.about()) for task in self.tasks}
+        settings = {**asdict(self.ask), "keys": self.keys, "budget_s": self.budget_s, "tasks": about}
+        if "dense" in self.baselines:
+            settings["dense_model"] = self.dense_model
+        if self._judge is not None:
+            settings["judge"] = self._judge.spent.told()
+        return settings
+
+    # --- telling ------------------------------------------------------------------------------------------------
+
+    def _publish(self, trainer: L.Trainer, folder: Path, evaluation: Evaluation, records: list[Record]) -> None:
+        assert self.report is not None
+        self.report.save(folder)
+        with (folder / f"answers-{evaluation.step}.jsonl").open("w", encoding="utf-8") as handle:
+            for record in records:
+                handle.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        curves, depths = draw_curves(self.report, evaluation), draw_depths(self.report, evaluation)
+        curves.savefig(folder / CURVES, dpi=120)
+        depths.savefig(folder / DEPTHS, dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                board, step = logger.experiment, evaluation.step
+                for name, value in _scalars(evaluation).items():
+                    board.add_scalar(f"extrapolation/{name}", value, step)
+                board.add_figure("extrapolation/curve", curves, step)
+                board.add_figure("extrapolation/depth", depths, step)
+                board.add_text("extrapolation/report", self.report.markdown(), step)
+        say = get_console().print  # the progress bar's own: what is printed beside it would be overwritten
+        for what, place in (("curves", CURVES), ("depths", DEPTHS), ("tables", TABLES), ("numbers", FILE)):
+            say(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
+
+
+def _tell(row: Row, step: int, metrics: Mapping[str, str]) -> None:
+    """One line per cell, as it is done."""
+    name = f"{row.task:<20} {row.method:<18} {label(row.length):>6}"
+    if row.scores:
+        metric = metrics[row.task]
+        told = f"{metric} {row.scores[metric].told()}  {row.seconds:.1f} s"
+    else:
+        told = row.note
+    get_console().print(f"step {step:<7,} {name}  {told}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _scalars(evaluation: Evaluation) -> dict[str, float]:
+    """What TensorBoard gets: of the model by task, of the baselines beside them."""
+    model = evaluation.rows[0].method
+    values = {}
+    for row in evaluation.rows:
+        task = row.task if row.method == model else f"{row.task}/{row.method.replace(' ', '_')}"
+        if row.scores:
+            values[f"{task}/{label(row.length)}"] = row.scores[evaluation.metrics[row.task]].value
+        if "gold_recall" in row.scores:
+            values[f"{task}/gold_recall/{label(row.length)}"] = row.scores["gold_recall"].value
+    for task in evaluation.metrics:
+        lost = evaluation.lost(task, model)
+        if lost is not None:
+            values[f"{task}/lost_percent"] = lost
+    return values

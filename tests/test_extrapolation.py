@@ -1,0 +1,169 @@
+"""Evaluation during training: what it leaves behind, that training does not notice, that ranks and resumes agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import ExtrapolationEvaluation
+from datamodules import RetrievalTask
+from msa_train import cli
+from msa_train.errors import UserError
+from msa_train.evaluation.report import Report
+
+Arguments = Callable[..., list[str]]
+RANKED = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 7, "per_memory": 3}}
+ANSWERED = {"class_path": "datamodules.AnswerTask", "init_args": {"questions": 3, "per_memory": 2}}
+NEEDLE = {
+    "class_path": "datamodules.NeedleTask",
+    "init_args": {"task": "niah_single_1", "samples": 2, "document_tokens": 128},
+}
+ASK = {"max_new_tokens": 4, "documents": 2, "max_steps": 1}
+
+
+def evaluated(tasks: list[dict[str, Any]] | None = None, **given: Any) -> dict[str, str]:
+    settings = {"tasks": [RANKED] if tasks is None else tasks, "lengths": ["256", "1x", "2x"], "ask": ASK, **given}
+    callback = {"class_path": "callbacks.ExtrapolationEvaluation", "init_args": settings}
+    return {"trainer.callbacks": json.dumps([callback])}
+
+
+def cells(folder: Path, place: int = -1) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Scores of an evaluation, by method, task and length."""
+    rows = Report.open(folder).evaluations[place].rows
+    return {(row.method, row.task, row.length): {name: vars(mean) for name, mean in row.scores.items()} for row in rows}
+
+
+def weights(run: Any) -> dict[str, torch.Tensor]:
+    return dict(run.model.named_parameters())
+
+
+def test_training_with_it_is_bitwise_training_without(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = evaluated([RANKED, ANSWERED], every_n_steps=2, at_steps=[3], baselines=["untrained", "bm25"])
+    with_it = cli.build(["fit", *tiny_run(tmp_path, steps=5, name="with", **flags)])
+    without = cli.build(["fit", *tiny_run(tmp_path, steps=5, name="without")])
+    assert len(weights(with_it)) > 20
+    for name, weight in weights(without).items():
+        assert torch.equal(weight, weights(with_it)[name]), name
+    logs = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("with", "without")]
+    assert logs[0] == logs[1] and len(logs[0]) > 5
+    assert with_it.model.net.training == without.model.net.training
+
+    report = Report.open(tmp_path / "with")
+    assert [one.step for one in report.evaluations] == [2, 3, 4, 5]
+    assert {row.method for row in report.evaluations[0].rows} == {"router"}, "baselines come at the end alone"
+    assert {row.method for row in report.evaluations[-1].rows} == {"router", "untrained router", "BM25"}
+
+
+def test_what_it_leaves_behind(tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = evaluated([RANKED, ANSWERED], baselines=["bm25", "full_attention"])
+    cli.build(["fit", *tiny_run(tmp_path, steps=3, **flags)])
+    folder = tmp_path / "tiny"
+    said = capsys.readouterr().out
+    assert "retrieval_test" in said and "n=7" in said and "report.md" in said
+
+    found = cells(folder)
+    assert len(found) == 3 * 3 * 2
+    for (method, task, _), scores in found.items():
+        if method == "full attention" and task == "retrieval_test":
+            assert not scores
+            continue
+        if task == "retrieval_test":
+            assert {"recall@1", "recall@k", "mrr@10", "ndcg@10"} == set(scores)
+        elif scores:
+            assert {"exact_match", "f1", "empty"} <= set(scores)
+            assert ("gold_recall" in scores) == (method != "full attention")
+        for mean in scores.values():
+            assert 0 <= mean["low"] <= mean["value"] <= mean["high"] <= 1 and mean["n"] in (3, 7)
+    assert found["BM25", "retrieval_test", 256]["recall@1"]["value"] > 0.8, "the animals' names give them away"
+
+    tables = (folder / "report.md").read_text()
+    assert "ranks no documents" in tables and "the backbone has 512 positions" in tables
+    assert all((folder / name).stat().st_size > 10_000 for name in ("extrapolation.png", "depth.png"))
+    records = [json.loads(line) for line in (folder / "answers-3.jsonl").read_text().splitlines()]
+    assert {record["method"] for record in records} == {"router", "BM25", "full attention"}
+    assert all(record["gold"][0].startswith("d") for record in records)
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"extrapolation/curve", "extrapolation/depth"} <= set(tags["images"])
+    wanted = {"extrapolation/retrieval_test/256", "extrapolation/answers_test/gold_recall/512",
+              "extrapolation/retrieval_test/BM25/1K"}  # fmt: skip
+    assert wanted <= set(tags["scalars"])
+    (scalar,) = events.Scalars("extrapolation/retrieval_test/256")
+    assert scalar.step == 3
+    assert scalar.value == pytest.approx(found["router", "retrieval_test", 256]["recall@1"]["value"])
+
+
+def test_testing_a_checkpoint_measures_what_training_did(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = evaluated([RANKED, ANSWERED, NEEDLE], lengths=["512", "1K"])
+    cli.build(["fit", *tiny_run(tmp_path, steps=10, **flags)])
+    trained = cells(tmp_path / "tiny")
+    (tmp_path / "tiny" / "report.json").unlink()
+    cli.build(["test", *tiny_run(tmp_path, steps=10, ckpt_path="last", **flags)])
+    assert cells(tmp_path / "tiny") == trained and len(trained) == 3 * 3 * 2
+
+
+def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = evaluated([RANKED, ANSWERED], baselines=["untrained", "bm25", "full_attention"], keys="float32")
+    cli.build(["fit", *tiny_run(tmp_path, steps=10)])
+    one = ["test", *tiny_run(tmp_path, steps=10, ckpt_path="last", **flags)]
+    cli.build(one)
+    alone = cells(tmp_path / "tiny")
+    (tmp_path / "tiny" / "report.json").unlink()
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp_spawn", "trainer.use_distributed_sampler": "false"}
+    cli.build([*one, *(f"--{name}={value}" for name, value in two.items())])
+    together = cells(tmp_path / "tiny")
+    assert together == alone and len(alone) == 4 * 2 * 3
+
+
+def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = evaluated(every_n_steps=5, baselines=[])
+    whole = {"checkpoint.every_n_train_steps": 5, **flags}
+    cli.build(["fit", *tiny_run(tmp_path, steps=15, name="whole", **whole)])
+    cli.build(["fit", *tiny_run(tmp_path, steps=15, name="parts", **whole, **{"trainer.max_steps": 10})])
+    cli.build(["fit", *tiny_run(tmp_path, steps=15, name="parts", ckpt_path="last", **whole)])
+    assert [one.step for one in Report.open(tmp_path / "parts").evaluations] == [5, 10, 15]
+    for place in range(3):
+        assert cells(tmp_path / "parts", place) == cells(tmp_path / "whole", place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": []}, "tasks are none"),
+        ({"tasks": [RANKED, RANKED]}, "each with a name of its own"),
+        ({"lengths": ["10 miles"]}, "'10 miles' is no length"),
+        ({"lengths": ["16"]}, "lower per_memory, or begin with longer memories"),
+        ({"budget_s": 0}, "budget_s above 0"),
+        ({"tasks": [{**RANKED, "init_args": {"split": "dev"}}]}, "no split 'dev'"),
+        ({"tasks": [{**NEEDLE, "init_args": {"task": "niah_9"}}]}, "niah_9"),
+        ({"judge": {"model": ""}}, "model is empty"),
+    ],
+)
+def test_mistakes_are_told_before_training(
+    settings: dict[str, Any], message: str, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.build(["fit", *tiny_run(tmp_path, steps=1, **evaluated(**settings))])
+    assert not list(tmp_path.glob("tiny/metrics.csv"))
+
+
+def test_the_doctor_knows_which_lengths_have_documents(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = evaluated(lengths=["256", "1M"])
+    cli.build(["doctor", *tiny_run(tmp_path, steps=20, **flags)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "retrieval_test to 256" in said and "add distractors" in said
+
+
+def test_rounds_and_single_steps_do_not_measure_twice() -> None:
+    callback = ExtrapolationEvaluation([RetrievalTask()], every_n_steps=4, at_steps=(8, 9))
+    assert [step for step in range(1, 13) if callback.due(step, 12)] == [4, 8, 9]
