@@ -186,7 +186,7 @@ def label(length: int, trained: int = 0) -> str:
     times = f" ({length // trained}x)" if trained and length % trained == 0 else ""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         words = f"{length / size:.3f}".rstrip("0").rstrip(".")
-        if length >= size and float(words) * size == length:  # two lengths never share a label
+        if size <= length < 10_000 * size and float(words) * size == length:  # two lengths never share a label
             return f"{words}{unit}{times}"
     return f"{length}{times}"
 
