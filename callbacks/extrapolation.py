@@ -33,6 +33,7 @@ from msa_train.evaluation.judge import Judge, JudgeConfig
 from msa_train.evaluation.methods import Method, Routed
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.report import FILE, TABLES, Evaluation, Report, label, parse_length
+from msa_train.evaluation.retrieval import Retriever
 from msa_train.findings import Finding
 from msa_train.generation import AskConfig
 from msa_train.kernels.maxsim import Precision
@@ -110,9 +111,11 @@ class ExtrapolationEvaluation(L.Callback):
         folder, trained = Path(trainer.default_root_dir), data.packing.document_tokens
         earlier = Report.open(folder).evaluations if (folder / FILE).is_file() else []
         self.report = Report(trained, module.msa.top_k, earlier)
+        if "dense" in self.baselines:
+            self._dense("cpu")  # a package or a model that is missing is told now
         if self.judge is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._judge = Judge(self.judge, folder / GRADES)  # a key that is missing is told now
+            self._judge = Judge(self.judge, folder / GRADES)  # and so is a key
 
     def examine(self, data: PackSource) -> list[Finding]:
         """What the doctor says of it.
@@ -207,21 +210,21 @@ class ExtrapolationEvaluation(L.Callback):
             wanted = answers and ranks.rank == 0
             return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens) if wanted else None
 
-        def dense() -> Method:
-            from datamodules.dense import DenseRetriever  # its package is optional
-
-            return Retrieving(DenseRetriever(self.dense_model, str(module.device)), reader(), self.ask.documents, ranks)
-
         makers: dict[str, Callable[[], Method]] = {
             "untrained": lambda: Routed("untrained router", untouched(), protocol, self.ask, None, self.keys, ranks),
             "bm25": lambda: Retrieving(BM25Retriever(), reader(), self.ask.documents, ranks),
-            "dense": dense,
+            "dense": lambda: Retrieving(self._dense(str(module.device)), reader(), self.ask.documents, ranks),
             "full_attention": lambda: FullAttention(reader(), ranks),
         }
         return {
             "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),
             **{name: makers[name] for name in baselines},
         }
+
+    def _dense(self, device: str) -> Retriever:
+        from datamodules.dense import DenseRetriever  # its package is optional
+
+        return DenseRetriever(self.dense_model, device)
 
     def _settings(self) -> dict[str, Any]:
         about = {task.name: dict(task.about()) for task in self.tasks}

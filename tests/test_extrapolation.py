@@ -145,6 +145,8 @@ def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_pa
         ({"tasks": [{**RANKED, "init_args": {"split": "dev"}}]}, "no split 'dev'"),
         ({"tasks": [{**NEEDLE, "init_args": {"task": "niah_9"}}]}, "niah_9"),
         ({"judge": {"model": ""}}, "model is empty"),
+        ({"judge": {"model": "any", "key_variable": "NO_SUCH_KEY"}}, "NO_SUCH_KEY"),
+        ({"baselines": ["dense"], "dense_model": "nowhere"}, "cannot open the embedding model 'nowhere'"),
     ],
 )
 def test_mistakes_are_told_before_training(
