@@ -255,6 +255,8 @@ class ExtrapolationEvaluation(L.Callback):
                 board.add_figure("extrapolation/depth", depths, step)
                 board.add_text("extrapolation/report", self.report.markdown(), step)
         say = get_console().print  # the progress bar's own: what is printed beside it would be overwritten
+        if self._judge is not None:
+            say(self._judge.spent.told(), soft_wrap=True, highlight=False)
         for what, place in (("curves", CURVES), ("depths", DEPTHS), ("tables", TABLES), ("numbers", FILE)):
             say(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
 
