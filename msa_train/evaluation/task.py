@@ -142,4 +142,4 @@ class Task(ABC):
             asked: The question.
             answer: The answer alone: nothing that was retrieved or injected.
         """
-        raise NotImplementedError(f"{self.name} ranks documents; it has no answers")
+        raise TypeError(f"{self.name} ranks documents; it has no answers")
