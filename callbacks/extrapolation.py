@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich import get_console
 
 from callbacks.figures import draw_curves, draw_depths
-from callbacks.parts import packed_memory, parts, undisturbed
+from callbacks.parts import check_whole, packed_memory, parts, undisturbed
 from callbacks.throughput import Throughput
 from datamodules import PackedMemory
 from datamodules.lexical import BM25Retriever
@@ -123,7 +123,10 @@ class ExtrapolationEvaluation(L.Callback):
         Raises:
             UserError: A task cannot be asked.
         """
-        self._open(packed_memory(data, self))
+        data = packed_memory(data, self)
+        if data.data is None:  # the doctor may come here with data that could not be opened
+            return [Finding("run", "evaluation", ", ".join(task.name for task in self.tasks))]
+        self._open(data)
         findings = []
         for task in self.tasks:
             reach = task.reach()
@@ -143,6 +146,10 @@ class ExtrapolationEvaluation(L.Callback):
             task.open(data.protocol, data)
             next(task.trials(self.lengths[0]))  # a memory too short for what is asked is told now
         self._opened = True
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses weights that one rank does not have."""
+        check_whole(pl_module, self)
 
     # --- when ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +188,8 @@ class ExtrapolationEvaluation(L.Callback):
         assert self.report is not None
         metrics = {task.name: task.metric for task in self.tasks}
         tell = partial(_tell, step=step, metrics=metrics)
-        evaluator = Evaluator(self.tasks, self.lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
+        lengths = self.lengths[:1] if trainer.fast_dev_run else self.lengths  # type: ignore[attr-defined]
+        evaluator = Evaluator(self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
         try:
             with undisturbed(trainer, module):
                 rows, records = evaluator.run(self._methods(trainer, module, baselines, ranks))

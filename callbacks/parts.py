@@ -43,6 +43,24 @@ def parts(
     return packed_memory(trainer.datamodule, callback), pl_module  # type: ignore[attr-defined]
 
 
+def check_whole(module: L.LightningModule, callback: L.Callback) -> None:
+    """Refuses weights that one rank does not have.
+
+    Args:
+        module: The module, set up.
+        callback: Who asks with it on the first rank alone.
+
+    Raises:
+        UserError: ZeRO stage 3 shards them.
+    """
+    if any(hasattr(weight, "ds_id") for weight in module.parameters()):
+        name = type(callback).__name__
+        raise UserError(
+            f"{name} asks on the first rank alone, and ZeRO stage 3 spreads every weight over all of them: "
+            f"take stage 2, or leave callbacks.{name} out"
+        )
+
+
 @contextmanager
 def undisturbed(trainer: L.Trainer, module: MemorySparseModule) -> Iterator[None]:
     """The model in evaluation mode, in the run's precision, without gradients; then mode and random numbers are as they

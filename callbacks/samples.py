@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.parts import packed_memory, parts, undisturbed
+from callbacks.parts import check_whole, packed_memory, parts, undisturbed
 from datamodules import PackedMemory
 from datamodules.collection import Collection
 from msa_train.commands import printable
@@ -88,11 +88,7 @@ class Samples(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses weights that one rank does not have."""
         self.continued = False
-        if any(hasattr(weight, "ds_id") for weight in pl_module.parameters()):
-            raise UserError(
-                "Samples asks on the first rank alone, and ZeRO stage 3 spreads every weight over all of them: "
-                "take stage 2, or leave callbacks.Samples out"
-            )
+        check_whole(pl_module, self)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asks."""

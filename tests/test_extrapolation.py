@@ -166,6 +166,29 @@ def test_the_doctor_knows_which_lengths_have_documents(
     assert "retrieval_test to 256" in said and "add distractors" in said
 
 
+def test_the_doctor_goes_on_where_the_data_cannot_be_opened(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.build(["doctor", *tiny_run(tmp_path, steps=20, **evaluated(), **{"data.corpus": tmp_path / "nowhere"})])
+    said = capsys.readouterr().out
+    assert "nowhere" in said and "retrieval_test" in said
+
+
+def test_weights_that_are_spread_over_ranks_are_refused(tiny_run: Arguments, tmp_path: Path) -> None:
+    module = cli.build(["fit", *tiny_run(tmp_path, steps=1)]).model
+    callback = ExtrapolationEvaluation([RetrievalTask()])
+    callback.on_fit_start(module.trainer, module)
+    next(module.parameters()).ds_id = 0  # how ZeRO stage 3 marks a weight
+    with pytest.raises(UserError, match=r"take stage 2, or leave callbacks.ExtrapolationEvaluation out"):
+        callback.on_fit_start(module.trainer, module)
+
+
+def test_a_debug_run_looks_at_the_shortest_memory_alone(tiny_run: Arguments, tmp_path: Path) -> None:
+    cli.build(["fit", *tiny_run(tmp_path, **evaluated(), **{"trainer.fast_dev_run": 1})])
+    assert {length for _, _, length in cells(tmp_path / "tiny")} == {256}
+
+
 def test_rounds_and_single_steps_do_not_measure_twice() -> None:
     callback = ExtrapolationEvaluation([RetrievalTask()], every_n_steps=4, at_steps=(8, 9))
     assert [step for step in range(1, 13) if callback.due(step, 12)] == [4, 8, 9]
