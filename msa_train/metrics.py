@@ -42,7 +42,8 @@ def retrieval_scores(score_XD: Tensor, positive_XD: Tensor, k: int) -> dict[str,
         result[f"recall@{name}"] = found / number.clamp(max=cutoff)
     first = torch.where(positive_XD, rank, torch.inf).amin(-1)
     result["mrr"] = 1 / (1 + first)
-    discount = 1 / torch.log2(torch.arange(score_XD.shape[-1], device=rank.device) + 2.0)
+    # float32 by name: under bf16-true Lightning makes bfloat16 the default
+    discount = 1 / torch.log2(torch.arange(score_XD.shape[-1], device=rank.device, dtype=torch.float32) + 2)
     ideal = discount.cumsum(0)[number.long() - 1]
     result["ndcg"] = (relevant / torch.log2(rank + 2)).sum(-1) / ideal
     return result
@@ -75,7 +76,7 @@ def selection_health(selected_QK: Tensor, documents: int, positive_QD: Tensor) -
         diversity: effective number of first-ranked documents over the number of different positives (at most one a
             query); a router that finds them all reaches 1, one that sends every query to one place goes to 0.
     """
-    count_D = torch.zeros(documents, device=selected_QK.device)
+    count_D = torch.zeros(documents, dtype=torch.float32, device=selected_QK.device)
     taken_QK = (selected_QK >= 0).to(count_D.dtype)  # 0 where nothing was left to select
     place_QK = selected_QK.clamp_min(0)
     chosen = count_D.index_add(0, place_QK.flatten(), taken_QK.flatten())

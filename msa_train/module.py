@@ -90,7 +90,7 @@ class MemorySparseModule(L.LightningModule):
         self.model: MemorySparseModel | None = None
         self.watches_collapse = True  # until a callback does, that knows the layers apart
         self._collapse_told = False
-        self._skipped = torch.zeros(())
+        self._skipped = torch.zeros((), dtype=torch.float32)
         self._resuming = False
         self._loaded_step = 0
         self.layer_recall: dict[int, float] = {}
@@ -161,6 +161,12 @@ class MemorySparseModule(L.LightningModule):
             if tokenizer is not None:
                 fit_vocabulary(backbone, len(tokenizer))
             return MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
+
+    def setup(self, stage: str) -> None:
+        """Keeps Lightning from converting packs: for bf16-true it would look for floats in them, where there are none,
+        and refuses to look into a frozen dataclass."""
+        plugin: Any = self.trainer.precision_plugin
+        plugin.convert_input = _as_it_is
 
     @property
     def net(self) -> MemorySparseModel:
@@ -326,7 +332,7 @@ class MemorySparseModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts on from where the run was."""
-        self._skipped = torch.tensor(checkpoint["msa_train"]["skipped_steps"])
+        self._skipped = torch.tensor(checkpoint["msa_train"]["skipped_steps"], dtype=torch.float32)
         self._loaded_step = checkpoint["global_step"]
 
     def restored(self, path: Path, tokens: int) -> MemorySparseModel:
@@ -377,6 +383,10 @@ class MemorySparseModule(L.LightningModule):
     def _splits(self) -> tuple[str, ...]:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return tuple(getattr(data, "val_splits", ("test",)))
+
+
+def _as_it_is(data: Any) -> Any:
+    return data
 
 
 class SkippingAdamW(torch.optim.AdamW):

@@ -115,3 +115,22 @@ def test_loss_mean_is_over_tokens_not_packs() -> None:
     means.update(torch.tensor(2.0), 1, torch.tensor(3.0), 1)
     means.update(torch.tensor(4.0), 5, torch.tensor(0.0), 2)
     assert means.compute()["lm"].item() == 1.0 and means.compute()["routing"].item() == 1.0
+
+
+def test_scores_do_not_depend_on_torch_s_default_precision() -> None:
+    """bf16-true makes bfloat16 the default, which counts to 256 and tells two discounts in a hundred apart."""
+    generator = torch.Generator().manual_seed(0)
+    score_QD = torch.rand(600, 40, generator=generator, dtype=torch.float32)
+    positive_QD = torch.zeros(600, 40, dtype=torch.bool)
+    positive_QD[torch.arange(600), torch.randint(40, (600,), generator=generator)] = True
+    selected_QK = score_QD.topk(3).indices
+    found = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            health = selection_health(selected_QK, 40, positive_QD)
+            found.append({**retrieval_scores(score_QD, positive_QD, 3), **health})
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, value in found[0].items():
+        assert value.dtype == torch.float32 and torch.equal(value, found[1][name]), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import signal
@@ -207,3 +208,23 @@ def test_a_collapsed_router_is_told_once(tiny_run: Arguments, tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module._watch_collapse(0.1, 0.9, "split 'test'")
+
+
+def test_a_run_in_bfloat16_alone_trains_validates_and_is_evaluated(tiny_run: Arguments, tmp_path: Path) -> None:
+    task = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 3, "per_memory": 3}}
+    callbacks = [
+        {"class_path": "callbacks.Throughput"},
+        {"class_path": "callbacks.RouterMonitor"},
+        {"class_path": "callbacks.ExtrapolationEvaluation", "init_args": {"tasks": [task], "lengths": ["512"]}},
+    ]
+    flags = {
+        "trainer.precision": "bf16-true", "model.weights": "bfloat16", "trainer.callbacks": json.dumps(callbacks),
+        "trainer.limit_val_batches": 2, "trainer.val_check_interval": 5,
+    }  # fmt: skip
+    run = cli.build(["fit", *tiny_run(tmp_path, steps=10, **flags)])
+    assert {weight.dtype for weight in run.model.net.parameters()} == {torch.bfloat16}
+    rows = list(csv.DictReader((tmp_path / "tiny" / "metrics.csv").open()))
+    losses = [float(row["loss/total"]) for row in rows if row["loss/total"]]
+    assert len(losses) == 10 and losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    cli.build(["test", *tiny_run(tmp_path, steps=10, ckpt_path="last", **flags)])
+    assert (tmp_path / "tiny" / "report.md").is_file()
