@@ -19,13 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from msa_train.kernels.varlen import Backend, Sequences, varlen_attention
+from msa_train.kernels.choice import Kernels
+from msa_train.kernels.elementwise import rms_norm
+from msa_train.kernels.pool import pool_chunks
+from msa_train.kernels.rope import norm_rotate
+from msa_train.kernels.varlen import Sequences, varlen_attention
 from msa_train.pack import ChunkLayout, Contexts, Documents, TensorFields
 from msa_train.routing import document_scores, routing_key, routing_query, select_documents
 
@@ -139,12 +144,6 @@ class Rope:
     cos: Tensor
     sin: Tensor
 
-    def rotate(self, states_THW: Tensor) -> Tensor:
-        """Applies rotary positions in the half-split layout that Llama and Qwen use."""
-        first, second = states_THW.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return states_THW * self.cos[:, None] + turned * self.sin[:, None]
-
 
 class MemorySparseAttention:
     """Reads and encodes with the projections of one Hugging Face attention module.
@@ -156,51 +155,68 @@ class MemorySparseAttention:
         attention: Module with q_proj, k_proj, v_proj, o_proj, head_dim, and q_norm/k_norm where the decoder has them;
             a routed layer has router_q_proj and router_k_proj as well.
         top_k: Documents selected per query.
-        backend: Attention back end.
+        kernels: Which implementations to run.
     """
 
-    def __init__(self, attention: Any, top_k: int, backend: Backend = "auto") -> None:
+    def __init__(self, attention: Any, top_k: int, kernels: Kernels = Kernels()) -> None:
         self.modules = attention
         self.width: int = self.modules.head_dim
         self.heads: int = self.modules.q_proj.out_features // self.width
         self.groups: int = self.modules.k_proj.out_features // self.width
         self.scale: float = getattr(attention, "scaling", self.width**-0.5)
         self.top_k = top_k
-        self.backend: Backend = backend
+        self.use(kernels)
+
+    def use(self, kernels: Kernels) -> None:
+        """Changes which implementations run."""
+        self.kernels = kernels
+        for name in ("q_norm", "k_norm"):
+            if (norm := getattr(self.modules, name, None)) is not None:
+                # behind the module's own call, where ZeRO-3 gathers its weight
+                norm.forward = partial(_head_norm, norm, kernels)
 
     @property
     def routed(self) -> bool:
         """Whether this layer reads the memory."""
         return hasattr(self.modules, "router_k_proj")
 
-    def encode(
-        self, hidden_TM: Tensor, rope: Rope, documents: Documents, attend: bool = True
-    ) -> tuple[Tensor | None, LayerMemory | None]:
-        """Documents through this layer.
+    def remember(
+        self, hidden_TM: Tensor, rope: Rope, documents: Documents
+    ) -> tuple[Tensor, Tensor, LayerMemory | None]:
+        """Keys and values of the documents in this layer.
 
         Args:
             hidden_TM: Normed states of the document tokens.
             rope: Rotary factors of the document-wise positions.
             documents: Their layout.
-            attend: False after the last routed layer's keys and values, where nothing else of the documents is needed.
 
         Returns:
-            The attention output [T, M] (None unless `attend`) and the memory (None unless the layer routes).
+            Keys and values of all tokens [T, G, W], and the memory (None unless the layer routes).
         """
         key, value = self._key_value(hidden_TM, rope)
-        memory = None
-        if self.routed:
-            pooled_CM = pool_chunks(hidden_TM, documents.chunk_offsets_C)
-            router_key = self.modules.router_k_proj(pooled_CM).unflatten(-1, (self.groups, self.width))
-            memory = LayerMemory(
-                key_CGW=pool_chunks(key, documents.chunk_offsets_C),
-                value_CGW=pool_chunks(value, documents.chunk_offsets_C),
-                router_key_CR=routing_key(router_key),
-            )
-        if not attend:
-            return None, memory
+        if not self.routed:
+            return key, value, None
+        pooled_CM, key_CGW, value_CGW = (
+            pool_chunks(states, documents.chunk_offsets_C, self.kernels.pool) for states in (hidden_TM, key, value)
+        )
+        router_key = self.modules.router_k_proj(pooled_CM).unflatten(-1, (self.groups, self.width))
+        return key, value, LayerMemory(key_CGW, value_CGW, routing_key(router_key))
+
+    def attend(self, hidden_TM: Tensor, rope: Rope, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        """Documents, each within itself.
+
+        Args:
+            hidden_TM: As in `remember`.
+            rope: As there.
+            key: What that returned.
+            value: Likewise.
+            documents: As there.
+
+        Returns:
+            The attention output [T, M].
+        """
         sequences = Sequences(documents.offsets_D, documents.offsets_D, documents.longest, documents.longest)
-        return self._attend(self._query(hidden_TM, rope), key, value, sequences), memory
+        return self._attend(self._query(hidden_TM, rope), key, value, sequences)
 
     def read(
         self,
@@ -273,37 +289,35 @@ class MemorySparseAttention:
 
     def _query(self, hidden: Tensor, rope: Rope) -> Tensor:
         query = self.modules.q_proj(hidden).unflatten(-1, (self.heads, self.width))
-        return rope.rotate(self._norm("q_norm", query)).to(hidden.dtype)
+        return self._turn("q_norm", query, rope).to(hidden.dtype)
 
     def _key_value(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         key = self.modules.k_proj(hidden).unflatten(-1, (self.groups, self.width))
         value = self.modules.v_proj(hidden).unflatten(-1, (self.groups, self.width))
-        return rope.rotate(self._norm("k_norm", key)), value
+        return self._turn("k_norm", key, rope), value
 
-    def _norm(self, name: str, states: Tensor) -> Tensor:
+    def _turn(self, name: str, states_THW: Tensor, rope: Rope) -> Tensor:
         norm = getattr(self.modules, name, None)
-        return states if norm is None else norm(states)
+        if norm is None:
+            return norm_rotate(states_THW, rope.cos, rope.sin, backend=self.kernels.rope)
+        return norm(states_THW, rope)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Tensor:
         # under autocast a norm with float32 weights hands back float32; the kernels want one dtype
         dtype = value.dtype
-        out = varlen_attention(query.to(dtype), key.to(dtype), value, sequences, self.scale, self.backend)
+        out = varlen_attention(query.to(dtype), key.to(dtype), value, sequences, self.scale, self.kernels.attention)
         return self.modules.o_proj(out.flatten(1))
+
+
+def _head_norm(norm: Any, kernels: Kernels, states: Tensor, rope: Rope | None = None) -> Tensor:
+    weight, eps = norm.weight, norm.variance_epsilon
+    if rope is None:  # transformers' own forward
+        return rms_norm(states, weight, eps)
+    return norm_rotate(states, rope.cos, rope.sin, weight, eps, kernels.rope)
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def pool_chunks(states_TX: Tensor, chunk_offsets_C: Tensor) -> Tensor:
-    """Mean over each chunk's tokens, summed in float32 segment by segment (a cumulative sum would lose digits).
-
-    >>> pool_chunks(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 2, 3])).flatten()
-    tensor([2., 8.])
-    """
-    flat = states_TX.float().flatten(1).contiguous()
-    mean = torch.segment_reduce(flat, "mean", offsets=chunk_offsets_C, axis=0, unsafe=True)
-    return mean.to(states_TX.dtype).unflatten(-1, states_TX.shape[1:])
 
 
 def context_rows(

@@ -11,9 +11,10 @@ N labelled tokens, M model width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ from msa_train.attention import (
 )
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
-from msa_train.kernels.varlen import Backend
+from msa_train.kernels.choice import Kernels
+from msa_train.kernels.elementwise import gate, run, take_over
 from msa_train.losses import label_cross_entropy
 from msa_train.pack import ChunkLayout, Contexts, Documents, MemoryPack, TensorFields
 from msa_train.routing import init_routers, router_projector
@@ -40,6 +42,9 @@ from msa_train.routing import init_routers, router_projector
 # decoders whose layer is exactly norm, attention, residual, norm, MLP, residual: each is held equal to
 # transformers' own forward by tests/test_model.py; another one could differ by a multiplier and train wrongly unseen
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+Recompute = Literal["none", "layers", "documents"]
+PART_TOKENS = 8192  # documents are recomputed so many tokens at a time: enough rows to keep a GPU's matrix units busy
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,19 @@ class DocumentMemory(TensorFields):
     def join(parts: list[DocumentMemory]) -> DocumentMemory:
         """One memory of several, in order: documents do not depend on their neighbours."""
         counts = torch.cat([part.chunks.offsets_D.diff() for part in parts])
-        layers = zip(*(part.layers for part in parts), strict=True)
-        return DocumentMemory(
-            ChunkLayout.of_counts(counts.tolist()).to(counts.device),
-            tuple(
-                LayerMemory(
-                    torch.cat([part.key_CGW for part in layer]),
-                    torch.cat([part.value_CGW for part in layer]),
-                    torch.cat([part.router_key_CR for part in layer]),
-                )
-                for layer in layers
-            ),
+        chunks = ChunkLayout.of_counts(counts.tolist()).to(counts.device)
+        return DocumentMemory(chunks, DocumentMemory.joined([part.layers for part in parts]))
+
+    @staticmethod
+    def joined(parts: Sequence[Sequence[LayerMemory]]) -> tuple[LayerMemory, ...]:
+        """Every layer's memory of several parts, in order."""
+        return tuple(
+            LayerMemory(
+                torch.cat([part.key_CGW for part in layer]),
+                torch.cat([part.value_CGW for part in layer]),
+                torch.cat([part.router_key_CR for part in layer]),
+            )
+            for layer in zip(*parts, strict=True)
         )
 
 
@@ -96,31 +103,47 @@ class MemorySparseModel(nn.Module):
     Args:
         backbone: A causal language model of one of the `SUPPORTED` types.
         config: The memory's sizes.
-        backend: Attention back end.
-        recompute: Gradient checkpointing, a layer at a time, with the first pass's selection.
+        kernels: Which implementations to run.
+        recompute: What is computed again in the backward pass rather than kept (docs/performance.md). `layers`: what
+            happens within attention and within the MLP of each layer. `documents`: all that is no context, 8,192
+            tokens at a time, so that memory hardly grows with the documents; a quarter slower than `layers`. The first
+            pass's selection is used again.
+        kept_layers: With `layers`, how many of the last ones keep what they computed.
 
     Raises:
-        UserError: The backbone is of another type, or uses dropout or a sliding window in attention.
+        UserError: The backbone is of another type, uses dropout or a sliding window in attention, or another
+            activation than SiLU.
     """
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         config: MSAConfig,
-        backend: Backend = "auto",
-        recompute: bool = False,
+        kernels: Kernels = Kernels(),
+        recompute: Recompute = "none",
+        kept_layers: int = 0,
     ) -> None:
         super().__init__()
         check_supported(backbone.config)
         self.backbone = backbone
         self.config = config
-        self.recompute = recompute
+        self.recompute: Recompute = recompute
+        self.kept_layers = kept_layers
         self.routed_layers = config.layers_of(len(self._decoder.layers))
         for number in self.routed_layers:
             _attach_routers(self._decoder.layers[number].self_attn, config)
         self.attention = [
-            MemorySparseAttention(layer.self_attn, config.top_k, backend) for layer in self._decoder.layers
+            MemorySparseAttention(layer.self_attn, config.top_k, kernels) for layer in self._decoder.layers
         ]
+        self.use(kernels)
+
+    def use(self, kernels: Kernels) -> None:
+        """Changes which implementations run."""
+        self.kernels = kernels
+        for layer, attention in zip(self._decoder.layers, self.attention, strict=True):
+            attention.use(kernels)
+            take_over(layer.input_layernorm, kernels.elementwise)
+            take_over(layer.post_attention_layernorm, kernels.elementwise)
 
     @property
     def _decoder(self) -> Any:
@@ -147,35 +170,74 @@ class MemorySparseModel(nn.Module):
             top_k: Documents to select, where it differs from the config's.
         """
         documents, contexts = pack.documents, pack.contexts
-        doc_hidden, doc_rope = self._start_documents(documents)
+        memories = self._encode_in_parts(documents) if self._recomputes("documents") else None
+        doc_hidden: Tensor | None = None
+        if memories is None:
+            doc_hidden, doc_rope = self._start_documents(documents)
         hidden, rope = self._start_contexts(contexts)
         readings: list[Reading] = []
         for number in range(len(self.attention)):
             kept: list[Tensor] = []  # the selection of the first pass, for a recomputation
 
-            def both(
-                doc_hidden: Tensor, hidden: Tensor, number: int = number, kept: list[Tensor] = kept
-            ) -> tuple[Tensor, Tensor, Reading | None]:
-                doc_hidden, memory = self._encode_layer(number, doc_hidden, doc_rope, documents)
+            def attend(
+                doc_hidden: Tensor | None, hidden: Tensor, number: int = number, kept: list[Tensor] = kept
+            ) -> tuple[Tensor | None, Tensor, Reading | None]:
+                layer, attention = self._decoder.layers[number], self.attention[number]
+                memory = None if memories is None else memories.get(number)
+                if doc_hidden is not None:
+                    doc_normed = layer.input_layernorm(doc_hidden)
+                    key, value, memory = attention.remember(doc_normed, doc_rope, documents)
                 chosen = kept[0] if kept else None
                 view = None if memory is None else PackMemory(memory, documents.chunks, pack.excluded_QD, chosen)
-                reading: Reading | None
-                hidden, reading = self._read_layer(number, hidden, rope, contexts, view, top_k)
+                added, reading = attention.read(layer.input_layernorm(hidden), rope, contexts, view, top_k)
                 if reading is not None and not kept:
                     kept.append(reading.selected_QK)
-                return doc_hidden, hidden, reading
+                # documents last: recomputation ends at the last tensor that is saved, and so spares what follows it
+                if doc_hidden is None or number == self.routed_layers[-1]:
+                    return None, added, reading
+                return attention.attend(doc_normed, doc_rope, key, value, documents), added, reading
 
-            if self.recompute and self.training and torch.is_grad_enabled():
+            def feed(
+                doc_hidden: Tensor | None,
+                doc_added: Tensor | None,
+                hidden: Tensor,
+                added: Tensor,
+                number: int = number,
+            ) -> tuple[Tensor | None, Tensor]:
+                hidden = self._feed(number, hidden, added)
+                if doc_hidden is None or doc_added is None:
+                    return None, hidden
+                return self._feed(number, doc_hidden, doc_added), hidden
+
+            if number < self._recomputed_layers():
                 # nothing in a layer draws random numbers
-                doc_hidden, hidden, reading = cast(
-                    tuple[Tensor, Tensor, Reading | None],
-                    checkpoint(both, doc_hidden, hidden, use_reentrant=False, preserve_rng_state=False),
-                )
+                again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                doc_added, added, reading = again(attend, doc_hidden, hidden)
+                doc_hidden, hidden = again(feed, doc_hidden, doc_added, hidden, added)
             else:
-                doc_hidden, hidden, reading = both(doc_hidden, hidden)
+                doc_added, added, reading = attend(doc_hidden, hidden)
+                doc_hidden, hidden = feed(doc_hidden, doc_added, hidden, added)
             if reading is not None:
                 readings.append(reading)
         return _output(hidden, readings)
+
+    def _recomputes(self, what: Recompute) -> bool:
+        return self.recompute == what and self.training and torch.is_grad_enabled()
+
+    def _recomputed_layers(self) -> int:
+        if self._recomputes("layers"):
+            return len(self.attention) - self.kept_layers
+        return len(self.attention) if self._recomputes("documents") else 0
+
+    def _encode_in_parts(self, documents: Documents) -> dict[int, LayerMemory]:
+        """The memory of every routed layer, whose gradient goes through the documents part by part: nothing of a part
+        but its tokens is kept until then."""
+        parts = [
+            checkpoint(self.encode, part, use_reentrant=False, preserve_rng_state=False)
+            for part in documents.parts(PART_TOKENS, self.config.chunk_size)
+        ]
+        layers = DocumentMemory.joined([part.layers for part in parts])
+        return dict(zip(self.routed_layers, layers, strict=True))
 
     def encode(self, documents: Documents) -> DocumentMemory:
         """The memory of these documents."""
@@ -258,9 +320,11 @@ class MemorySparseModel(nn.Module):
         """
         hidden = self._decoder.embed_tokens(tokens_A)
         rope = self._rope(hidden, position_A)
-        for layer, attention, cache in zip(self._decoder.layers, self.attention, caches, strict=True):
+        for number, (layer, attention, cache) in enumerate(
+            zip(self._decoder.layers, self.attention, caches, strict=True)
+        ):
             out = attention.extend(layer.input_layernorm(hidden), rope, cache, lengths)
-            hidden = _residual(layer, hidden, out)
+            hidden = self._feed(number, hidden, out)
         return hidden
 
     def logits(self, hidden_XM: Tensor) -> Tensor:
@@ -290,14 +354,11 @@ class MemorySparseModel(nn.Module):
     def _encode_layer(
         self, number: int, hidden: Tensor, rope: Rope, documents: Documents
     ) -> tuple[Tensor, LayerMemory | None]:
-        last = self.routed_layers[-1]
-        if number > last:
-            return hidden, None
-        layer = self._decoder.layers[number]
-        out, memory = self.attention[number].encode(
-            layer.input_layernorm(hidden), rope, documents, attend=number < last
-        )
-        return (hidden if out is None else _residual(layer, hidden, out)), memory
+        attention, normed = self.attention[number], self._decoder.layers[number].input_layernorm(hidden)
+        key, value, memory = attention.remember(normed, rope, documents)
+        if number < self.routed_layers[-1]:
+            hidden = self._feed(number, hidden, attention.attend(normed, rope, key, value, documents))
+        return hidden, memory
 
     def _read_layer(
         self,
@@ -309,14 +370,16 @@ class MemorySparseModel(nn.Module):
         top_k: int | None,
         caches: list[LayerCache] | None = None,
     ) -> tuple[Tensor, Found | None]:
+        normed = self._decoder.layers[number].input_layernorm(hidden)
+        added, found = self.attention[number].read(normed, rope, contexts, memory, top_k, caches)
+        return self._feed(number, hidden, added), found
+
+    def _feed(self, number: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Both residuals of a layer, and the MLP between them."""
         layer = self._decoder.layers[number]
-        out, found = self.attention[number].read(layer.input_layernorm(hidden), rope, contexts, memory, top_k, caches)
-        return _residual(layer, hidden, out), found
-
-
-def _residual(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    hidden = hidden + attended
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden, normed = layer.post_attention_layernorm(hidden, added=attended)
+        gated = run(self.kernels.elementwise, gate, layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed))
+        return hidden + layer.mlp.down_proj(gated)
 
 
 def _output(hidden: Tensor, readings: list[Reading]) -> Output:
@@ -341,7 +404,7 @@ def check_supported(config: Any) -> None:
     """Refuses decoders that this library would not run as transformers does.
 
     Raises:
-        UserError: Another type of model, dropout or a sliding window in attention.
+        UserError: Another type of model or activation, dropout or a sliding window in attention.
     """
     if config.model_type not in SUPPORTED:
         raise UserError(f"model.backbone is of type '{config.model_type}'; supported: {', '.join(SUPPORTED)}")
@@ -349,6 +412,8 @@ def check_supported(config: Any) -> None:
         raise UserError(
             f"model.backbone has attention_dropout {config.attention_dropout}: set it to 0 in its config.json"
         )
+    if config.hidden_act != "silu":
+        raise UserError(f"model.backbone has hidden_act '{config.hidden_act}': only 'silu' is supported")
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding or (config.model_type == "mistral" and config.sliding_window):
         raise UserError("model.backbone uses sliding-window attention, which a memory cannot; unset it in config.json")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -111,7 +112,7 @@ class Documents(TensorFields):
         offsets_D: Cumulative lengths, D + 1 values, int32 (what varlen kernels take).
         chunk_offsets_C: Cumulative chunk lengths, C + 1 values, int64. A chunk never crosses documents.
         chunks: Which chunks belong to which document.
-        longest: Tokens of the longest document.
+        lengths: Tokens of each document, known on the host.
     """
 
     tokens_T: Tensor
@@ -119,7 +120,48 @@ class Documents(TensorFields):
     offsets_D: Tensor
     chunk_offsets_C: Tensor
     chunks: ChunkLayout
-    longest: int
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    def parts(self, budget: int, chunk_size: int) -> list[Documents]:
+        """The same in order, at most `budget` tokens each (a longer document is a part of its own), without a copy.
+
+        >>> whole = Documents.build([[7, 8, 9], [5], [4, 4]], chunk_size=2)
+        >>> [part.tokens_T.tolist() for part in whole.parts(4, chunk_size=2)]
+        [[7, 8, 9, 5], [4, 4]]
+        >>> whole.parts(4, chunk_size=2)[1].chunk_offsets_C.tolist()
+        [0, 2]
+        """
+        bounds, taken = [0], 0
+        for number, length in enumerate(self.lengths):
+            if taken and taken + length > budget:
+                bounds.append(number)
+                taken = 0
+            taken += length
+        bounds.append(len(self.lengths))
+        return [self.part(first, last, chunk_size) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+    def part(self, first: int, last: int, chunk_size: int) -> Documents:
+        """Documents `first .. last`, without a copy of their tokens."""
+        chunks = [-(-length // chunk_size) for length in self.lengths]
+        token, stop = sum(self.lengths[:first]), sum(self.lengths[:last])
+        chunk, end = sum(chunks[:first]), sum(chunks[:last])
+        return Documents(
+            tokens_T=self.tokens_T[token:stop],
+            position_T=self.position_T[token:stop],
+            offsets_D=self.offsets_D[first : last + 1] - token,
+            chunk_offsets_C=self.chunk_offsets_C[chunk : end + 1] - token,
+            chunks=ChunkLayout(
+                document_C=self.chunks.document_C[chunk:end] - first,
+                offsets_D=self.chunks.offsets_D[first : last + 1] - chunk,
+                largest_sums=(0, *accumulate(sorted(chunks[first:last], reverse=True))),
+            ),
+            lengths=self.lengths[first:last],
+        )
 
     @staticmethod
     def build(documents: Sequence[Sequence[int]], chunk_size: int) -> Documents:
@@ -140,7 +182,7 @@ class Documents(TensorFields):
             offsets_D=_offsets(length_D).to(torch.int32),
             chunk_offsets_C=_offsets(torch.tensor(chunk_lengths)),
             chunks=ChunkLayout.of_counts([-(-len(tokens) // chunk_size) for tokens in documents]),
-            longest=int(length_D.max()),
+            lengths=tuple(length_D.tolist()),
         )
 
 

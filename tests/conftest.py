@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from msa_train.config import MSAConfig
-from msa_train.model import MemorySparseModel
+from msa_train.model import MemorySparseModel, Recompute
 from msa_train.pack import Context, Contexts, Documents, MemoryPack
 
 FIXTURES = Path(os.environ.get("MSA_FIXTURES", Path(__file__).parent / "fixtures"))
@@ -40,7 +40,7 @@ def tiny_backbone(model_type: str = "qwen3", layers: int = 4, **changes: Any) ->
     return backbone.eval()
 
 
-def tiny_model(model_type: str = "qwen3", recompute: bool = False, **config: Any) -> MemorySparseModel:
+def tiny_model(model_type: str = "qwen3", recompute: Recompute = "none", **config: Any) -> MemorySparseModel:
     """Routers on the tiny backbone."""
     torch.manual_seed(1)
     return MemorySparseModel(

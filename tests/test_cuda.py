@@ -16,7 +16,7 @@ from msa_train.evaluation import Asked, Memory, Task, Trial
 from msa_train.evaluation.methods import Routed
 from msa_train.generation import AskConfig
 from msa_train.losses import routing_loss
-from msa_train.model import MemorySparseModel
+from msa_train.model import MemorySparseModel, Recompute
 from msa_train.module import SkippingAdamW
 from msa_train.pack import MemoryPack
 from tests.conftest import ANIMALS, COLOURS, tiny_backbone, tiny_pack
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 
 
-def model_on(device: str, dtype: torch.dtype, recompute: bool = False) -> MemorySparseModel:
+def model_on(device: str, dtype: torch.dtype, recompute: Recompute = "none") -> MemorySparseModel:
     torch.manual_seed(1)
     backbone = tiny_backbone("qwen3", **WIDE)
     return MemorySparseModel(backbone, MSAConfig(chunk_size=4, top_k=2), recompute=recompute).to(device, dtype).train()
@@ -68,9 +68,9 @@ def test_varlen_kernels_in_bf16_stay_near_float32() -> None:
     assert abs(float(found.detach() / wanted.detach()) - 1) < 0.05
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "layers", "documents"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_layer_makes_the_host_wait(dtype: torch.dtype, recompute: bool) -> None:
+def test_no_layer_makes_the_host_wait(dtype: torch.dtype, recompute: Recompute) -> None:
     """Forward, both losses and backward, with every synchronising call turned into an error."""
     model, pack = model_on("cuda", dtype, recompute), pack_of("cuda")
     losses(model, pack).backward()

@@ -79,7 +79,7 @@ def test_backward_takes_what_pytorch_runs(trains_backbone: bool) -> None:
 
 
 def test_recomputation_is_not_counted_as_useful() -> None:
-    plain, recomputing = tiny_model().train(), tiny_model(recompute=True).train()
+    plain, recomputing = tiny_model().train(), tiny_model(recompute="layers").train()
     pack = PackSizes.of(EVEN, 4, 2)
     assert ModelSizes.of(plain) == ModelSizes.of(recomputing)
     useful = training_operations(ModelSizes.of(recomputing), pack, True)

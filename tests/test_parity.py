@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Config, Qwen3RotaryEmbedding
 
 from msa_train.attention import MemorySparseAttention, PackMemory, Reading, Rope
+from msa_train.kernels.rope import rotate
 from msa_train.losses import RoutingLoss, routing_loss
 from msa_train.pack import Context, Contexts, Documents
 from msa_train.routing import router_projector
@@ -61,7 +62,9 @@ class Recorded:
         body = Context(context[3:], [False] * (len(context) - 3), [(routing[0] - 3, routing[-1] - 2)])
         contexts = Contexts.build(context[:3], [body])
         document_rows, context_rows = torch.cat(by_document), torch.tensor(context)
-        out, memory = self.layer.encode(self.hidden[sample][document_rows], self.rope(sample, document_rows), documents)
+        hidden, rope = self.hidden[sample][document_rows], self.rope(sample, document_rows)
+        key, value, memory = self.layer.remember(hidden, rope, documents)
+        out = self.layer.attend(hidden, rope, key, value, documents)
         view = None if memory is None else PackMemory(memory, documents.chunks)
         read, reading = self.layer.read(
             self.hidden[sample][context_rows], self.rope(sample, context_rows), contexts, view
@@ -135,8 +138,8 @@ def test_chunks_of_one_token_with_all_documents_are_plain_attention() -> None:
     attention, ids = recorded.attention, recorded.numbers["doc_ids"][0]
     rope = recorded.rope(0, torch.arange(len(ids)))
     hidden, width = recorded.hidden[0], attention.head_dim
-    query = rope.rotate(attention.q_norm(attention.q_proj(hidden).unflatten(-1, (-1, width))))
-    key = rope.rotate(attention.k_norm(attention.k_proj(hidden).unflatten(-1, (-1, width))))
+    query = rotate(attention.q_norm(attention.q_proj(hidden).unflatten(-1, (-1, width))), rope.cos, rope.sin)
+    key = rotate(attention.k_norm(attention.k_proj(hidden).unflatten(-1, (-1, width))), rope.cos, rope.sin)
     value = attention.v_proj(hidden).unflatten(-1, (-1, width))
     repeat = query.shape[1] // key.shape[1]
     score = torch.einsum("thw,nhw->htn", query, key.repeat_interleave(repeat, 1)) / math.sqrt(width)
