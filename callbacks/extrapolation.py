@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich import get_console
 
 from callbacks.figures import draw_curves, draw_depths
-from callbacks.parts import check_whole, packed_memory, parts, undisturbed
+from callbacks.parts import packed_memory, parts, undisturbed, whole
 from callbacks.throughput import Throughput
 from datamodules import PackedMemory
 from datamodules.lexical import BM25Retriever
@@ -147,10 +147,6 @@ class ExtrapolationEvaluation(L.Callback):
             next(task.trials(self.lengths[0]))  # a memory too short for what is asked is told now
         self._opened = True
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses weights that one rank does not have."""
-        check_whole(pl_module, self)
-
     # --- when ---------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
@@ -191,7 +187,7 @@ class ExtrapolationEvaluation(L.Callback):
         lengths = self.lengths[:1] if trainer.fast_dev_run else self.lengths  # type: ignore[attr-defined]
         evaluator = Evaluator(self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
         try:
-            with undisturbed(trainer, module):
+            with whole(module), undisturbed(trainer, module):
                 rows, records = evaluator.run(self._methods(trainer, module, baselines, ranks))
         finally:
             ranks.close()

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from datamodules import PackedMemory
 from msa_train.errors import UserError
 from msa_train.module import MemorySparseModule
+from msa_train.strategies import complete, sharded
 
 
 def packed_memory(data: Any, callback: L.Callback) -> PackedMemory:
@@ -43,22 +44,26 @@ def parts(
     return packed_memory(trainer.datamodule, callback), pl_module  # type: ignore[attr-defined]
 
 
-def check_whole(module: L.LightningModule, callback: L.Callback) -> None:
-    """Refuses weights that one rank does not have.
+@contextmanager
+def whole(module: MemorySparseModule, here: bool = True) -> Iterator[None]:
+    """Puts a plain, complete copy in the place of a model whose weights ZeRO stage 3 spreads over the ranks; a model
+    that is whole stays. All ranks must enter.
 
     Args:
-        module: The module, set up.
-        callback: Who asks with it on the first rank alone.
-
-    Raises:
-        UserError: ZeRO stage 3 shards them.
+        module: The module.
+        here: Whether this rank wants it; the others give their parts and go on.
     """
-    if any(hasattr(weight, "ds_id") for weight in module.parameters()):
-        name = type(callback).__name__
-        raise UserError(
-            f"{name} asks on the first rank alone, and ZeRO stage 3 spreads every weight over all of them: "
-            f"take stage 2, or leave callbacks.{name} out"
-        )
+    spread = module.net
+    if not sharded(spread):
+        yield
+        return
+    blank = module.blank(spread.backbone.config.vocab_size) if here else None
+    complete(spread, blank)
+    module.model = spread if blank is None else blank
+    try:
+        yield
+    finally:
+        module.model = spread
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.parts import check_whole, packed_memory, parts, undisturbed
+from callbacks.parts import packed_memory, parts, undisturbed, whole
 from datamodules import PackedMemory
 from datamodules.collection import Collection
 from msa_train.commands import printable
@@ -50,7 +50,7 @@ class Samples(L.Callback):
 
     Question, expected answer, answer, and the documents retrieved, with their scores and whether they are right: as
     TensorBoard's text `samples/{split}`, and as `samples.jsonl` in the run's folder. The first rank asks, while the
-    others wait; it needs all weights, so not with ZeRO stage 3.
+    others wait; with ZeRO stage 3 it gets a copy of all weights for that time.
 
     Args:
         questions: Questions of every split; the same ones each time.
@@ -86,9 +86,8 @@ class Samples(L.Callback):
         return [Finding("run", "samples", told)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses weights that one rank does not have."""
+        """Begins anew."""
         self.continued = False
-        check_whole(pl_module, self)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asks."""
@@ -101,11 +100,15 @@ class Samples(L.Callback):
             self._ask(trainer, pl_module)
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing in here may be waited for by another rank: they are not here."""
-        self.asked_at = step = trainer.global_step
-        if not trainer.is_global_zero:
-            return
+        self.asked_at = trainer.global_step
         data, module = parts(trainer, pl_module, self)
+        with whole(module, trainer.is_global_zero):
+            if trainer.is_global_zero:
+                self._ask_alone(trainer, data, module)
+
+    def _ask_alone(self, trainer: L.Trainer, data: PackedMemory, module: MemorySparseModule) -> None:
+        """Nothing in here may be waited for by another rank: they are not here."""
+        step = self.asked_at
         with undisturbed(trainer, module):
             found = {split: self._answers(data, module, chosen) for split, chosen in self.chosen.items()}
         for logger in trainer.loggers:

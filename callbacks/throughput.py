@@ -45,11 +45,12 @@ class Throughput(L.Callback):
 
     Tags: `speed/tokens_per_s`, `speed/queries_per_s`, `speed/packs_per_s`, `speed/mfu`, `speed/data_wait`,
     `memory/peak_gib`. Evaluations and checkpoints are left out of the time. Ranks read equally long packs, so the first
-    rank's count times the number of ranks serves.
+    rank's count times the number of ranks serves; of a pack that ranks share, each counts an equal part of the whole.
 
     MFU is the share of the card's peak that useful matrix operations take (msa_train/operations.py); what is recomputed
-    to save memory is not useful. The peaks of A100, A800, B200, H20, H100, H200 and H800 are known, from the vendor's
-    data sheets: dense bf16, of a whole card. On other devices there is no MFU unless `peak_tflops` is given.
+    to save memory is not useful. It is the first rank's. The peaks of A100, A800, B200, H20, H100, H200 and H800 are
+    known, from the vendor's data sheets: dense bf16, of a whole card. On other devices there is no MFU unless
+    `peak_tflops` is given.
 
     Args:
         peak_tflops: Peak of one device in TFLOP/s, dense and in the precision that is trained in.
@@ -112,9 +113,10 @@ class Throughput(L.Callback):
         """Counts, and logs at the interval."""
         assert isinstance(pl_module, MemorySparseModule)
         pack = PackSizes.of(batch, pl_module.msa.chunk_size, self.phase.top_k or pl_module.msa.top_k)
-        self.counted.packs += 1
-        self.counted.tokens += batch.tokens
-        self.counted.queries += batch.queries
+        shared, whole = (1, batch) if batch.shares is None else (batch.shares.ranks, batch.shares)
+        self.counted.packs += 1 / shared
+        self.counted.tokens += whole.tokens / shared
+        self.counted.queries += whole.queries / shared
         self.counted.operations += training_operations(self.sizes, pack, self.phase.trainable == "all")
         if not pl_module.logs_after(batch_idx):
             return
@@ -162,9 +164,9 @@ def known_peak(card: str) -> float | None:
 class _Counted:
     """What was trained on since the last log, by this rank."""
 
-    packs: int = 0
-    tokens: int = 0
-    queries: int = 0
+    packs: float = 0.0
+    tokens: float = 0.0
+    queries: float = 0.0
     operations: float = 0.0
 
 

@@ -2,6 +2,7 @@
 
 Step s, accumulation a, rank r of W reads pack (s * A + a) * W + r: the place in the data follows from the step alone,
 so there is no loader state to save, a resumed run goes on exactly, and another number of ranks keeps the global order.
+Where n ranks share a pack, they count as one rank: r // n of W / n.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from msa_train.findings import Finding
 from msa_train.model import MemorySparseModel
 from msa_train.pack import MemoryPack
 from msa_train.protocol import Protocol, RoutingWords
+from msa_train.sharing import share
 from msa_train.source import PackSource
 
 BM25 = "bm25"
@@ -63,6 +65,8 @@ class PackedMemory(PackSource):
         overfit_packs: Train on the first packs only, over and over; 0 for all.
         seed: Draws queries, negatives and their order.
         num_workers: Processes that tokenise, and that build packs ahead of the training step.
+        document_parallel: Ranks that share one pack: each encodes its part of the documents, and all read the whole
+            memory. It must divide the number of ranks (docs/scaling.md).
         chunk_size: Taken from model.msa.chunk_size.
         routing_words: Taken from model.routing_words.
     """
@@ -83,6 +87,7 @@ class PackedMemory(PackSource):
         overfit_packs: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        document_parallel: int = 1,
         chunk_size: int = 64,
         routing_words: RoutingWords = "question",
     ) -> None:
@@ -93,6 +98,7 @@ class PackedMemory(PackSource):
         self._check(
             vocab_size=(vocab_size, 300), max_document_tokens=(max_document_tokens, 1), val_packs=(val_packs, 0),
             overfit_packs=(overfit_packs, 0), num_workers=(num_workers, 0), seed=(seed, 0),
+            document_parallel=(document_parallel, 1),
         )  # fmt: skip
         if not 0 <= answer_share <= 1:
             raise UserError(f"data.answer_share is {answer_share}: give a share between 0 and 1")
@@ -102,6 +108,7 @@ class PackedMemory(PackSource):
         self.max_document_tokens = max_document_tokens
         self.train_split, self.val_splits = train_split, tuple(val_splits)
         self.val_packs, self.overfit_packs, self.num_workers = val_packs, overfit_packs, num_workers
+        self.document_parallel = document_parallel
         self.routing_words: RoutingWords = routing_words
         last = self.curriculum[max(self.curriculum)]
         self.packing = PackingConfig(last, queries_per_pack, answer_share, chunk_size, seed)
@@ -127,8 +134,10 @@ class PackedMemory(PackSource):
         """Opens the stores, building those that are not there yet, and plans.
 
         Raises:
-            UserError: Something is missing or malformed, or does not fit the budget.
+            UserError: Something is missing or malformed, or does not fit the budget or the number of ranks.
         """
+        if self.trainer is not None:
+            self.packs_at_once(self.trainer.world_size)
         if self.data is not None:
             return
         data = self.open()
@@ -171,6 +180,7 @@ class PackedMemory(PackSource):
         return (
             f"{self.data.documents:,} documents, {int(self.data.length_D.sum()):,} tokens; "
             f"{planner.queries:,} training queries in {planner.packs_per_epoch:,} packs an epoch"
+            + (f", {self.document_parallel} ranks to a pack" if self.document_parallel > 1 else "")
         )
 
     def pack(self) -> None:
@@ -200,6 +210,20 @@ class PackedMemory(PackSource):
         contexts = max(packer.planner.longest_context(self.protocol) for packer in self.stages.values())
         return max(int(self.data.length_D.max()) + self.protocol.wrapping(999), contexts)
 
+    def packs_at_once(self, ranks: int) -> int:
+        """Packs that so many ranks read at once.
+
+        Raises:
+            UserError: They cannot be shared out evenly.
+        """
+        packs, left = divmod(ranks, self.document_parallel)
+        if left:
+            raise UserError(
+                f"data.document_parallel is {self.document_parallel}, which does not divide {ranks} "
+                f"rank{'s' if ranks > 1 else ''}: change it, or trainer.devices and trainer.num_nodes"
+            )
+        return packs
+
     def examine(self, packs_per_step: int, steps: int) -> list[Finding]:
         """What can be known of the data before training; tokenises it if it is not yet."""
         self.setup()
@@ -216,22 +240,22 @@ class PackedMemory(PackSource):
                 continue
             sample = PackSample.of(packer)
             findings += examine_packs(packer, sample, packs_per_step, min(end, steps) - first, name)
+            if self.document_parallel > 1:
+                own = sample.fill * packer.config.document_tokens / self.document_parallel
+                findings.append(
+                    Finding("data", f"shares{name}",
+                            f"{self.document_parallel} ranks to a pack, {own:,.0f} document tokens each")
+                )  # fmt: skip
         return findings + list(examine_splits(self.data, self.train_split, self.val_splits))
 
     def train_dataloader(self) -> DataLoader[MemoryPack]:
         """This rank's packs from the current step to the last."""
         trainer = self._trainer()
-        world, accumulated = trainer.world_size, trainer.accumulate_grad_batches
-        dataset = PackDataset(self.stages, world * accumulated, self.overfit_packs)
-        epoch = self.stages[0].packs_per_epoch // (world * accumulated)
-        steps = trainer.max_steps if trainer.max_steps > 0 else epoch
-        sampler = StepSampler(
-            start=trainer.global_step * accumulated,
-            stop=max(steps, 1) * accumulated,
-            rank=trainer.global_rank,
-            world=world,
-        )
-        return self._loader(dataset, sampler)
+        accumulated = trainer.accumulate_grad_batches
+        packs = self.packs_at_once(trainer.world_size) * accumulated
+        steps = trainer.max_steps if trainer.max_steps > 0 else self.stages[0].packs_per_epoch // packs
+        dataset = PackDataset(self.stages, packs, self.overfit_packs)
+        return self._loader(dataset, trainer.global_step * accumulated, max(steps, 1) * accumulated)
 
     def val_dataloader(self) -> list[DataLoader[MemoryPack]]:
         """The first packs of every validation split."""
@@ -255,16 +279,20 @@ class PackedMemory(PackSource):
         return min(limit, whole) if limit else whole
 
     def _evaluation(self, split: str, limit: int) -> DataLoader[MemoryPack]:
-        trainer, packs = self._trainer(), self._packs(split, limit)
-        rounds = -(-packs // trainer.world_size)  # every rank runs as many, or collectives would wait for ever
+        packs = self._packs(split, limit)
+        # every rank runs as many, or collectives would wait for ever
+        rounds = -(-packs // self.packs_at_once(self._trainer().world_size))
         dataset = _Evaluation(PackDataset({0: self.packers[split]}), packs)
-        return self._loader(dataset, StepSampler(0, rounds, trainer.global_rank, trainer.world_size))
+        # selections are judged by the pack, so one rank reads all of its contexts
+        return self._loader(dataset, 0, rounds, dealt=False)
 
-    def _loader(self, dataset: Dataset[MemoryPack], sampler: StepSampler) -> DataLoader[MemoryPack]:
+    def _loader(self, dataset: Dataset[MemoryPack], start: int, stop: int, dealt: bool = True) -> PackLoader:
+        trainer, ranks = self._trainer(), self.document_parallel
+        place, rank = divmod(trainer.global_rank, ranks)
         return PackLoader(
-            dataset,
+            dataset if ranks == 1 else _Shared(dataset, rank, ranks, dealt),
             batch_size=None,
-            sampler=sampler,
+            sampler=StepSampler(start, stop, place, self.packs_at_once(trainer.world_size)),
             num_workers=self.num_workers,
             pin_memory=self._trainer().strategy.root_device.type == "cuda",
             persistent_workers=False,
@@ -350,3 +378,13 @@ class _Evaluation(Dataset[MemoryPack]):
 
     def __getitem__(self, index: int) -> MemoryPack:
         return replace(self.dataset[index % self.packs], counted=index < self.packs)
+
+
+class _Shared(Dataset[MemoryPack]):
+    """One rank's shares of packs: cut here, on the host, so that a device never sees more."""
+
+    def __init__(self, dataset: Dataset[MemoryPack], rank: int, ranks: int, dealt: bool) -> None:
+        self.dataset, self.rank, self.ranks, self.dealt = dataset, rank, ranks, dealt
+
+    def __getitem__(self, index: int) -> MemoryPack:
+        return share(self.dataset[index], self.rank, self.ranks, self.dealt)

@@ -1,42 +1,151 @@
-"""Opening a backbone: trained weights from a folder or hub, or random ones from a config.json."""
+"""Opening a backbone: trained weights from a folder or hub, or random ones from a config.json.
+
+A folder may carry routers as well, and `msa_config` says what memory they were trained for: that of `msa-train export`,
+whose `model_type` is the backbone's own, and that of the published code, whose `model_type` is `msa` and whose backbone
+is Qwen3. The invariant: both are the plain decoder to transformers, and no code of a folder is run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
+from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 
+MEMORY, OURS = "msa_config", "msa_train"  # keys of config.json: what is published, and what this project adds
+PUBLISHED = "msa"  # the published model_type
+# what this library computes, and what the published code takes a missing key for
+COMPUTED: dict[str, Any] = {
+    "head_reduce_method": "mean", "query_reduce_method": "max", "chunk_reduce_method": "max",
+    "decouple_pooling_mode": "mean", "decouple_router": True, "rewrite_position": True,
+}  # fmt: skip
+WHEN_MISSING = {**COMPUTED, "head_reduce_method": "max", "decouple_router": False, "rewrite_position": False}
+COSINE = "INFONCE"  # the published losses of this name are over cosines, the other one is not
 
-def open_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
+
+def open_backbone(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """A Hugging Face causal language model.
 
     Args:
         name: Folder or hub name for trained weights; a `*.json` file (a config.json) for random ones of that shape.
-        dtype: Precision of the weights.
+        dtype: Precision of the weights; None for that in which they are kept.
 
     Raises:
-        UserError: It cannot be opened.
+        UserError: It cannot be opened, or some of its weights are missing.
     """
+    config = open_config(name)
     if name.endswith(".json"):
-        return AutoModelForCausalLM.from_config(open_config(name), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    routed = open_memory(name) is not None
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with _silent(routed):
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=routed or None,  # where routers are read from as well
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_open(name, error) from error
+    backbone, told = opened
+    if told["missing_keys"]:
+        raise UserError(f"model.backbone: '{name}' lacks weights, among them '{min(told['missing_keys'])}'")
+    return backbone
 
 
 def open_config(name: str) -> PreTrainedConfig:
     """The backbone's config alone, from the same kinds of names; no weight is read."""
-    if name.endswith(".json") and not Path(name).is_file():
-        raise UserError(f"model.backbone: no such file '{name}'")
+    values = _read_config(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if MEMORY not in values:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model_type = "qwen3" if values["model_type"] == PUBLISHED else values["model_type"]
+        plain = {key: value for key, value in values.items() if key not in (MEMORY, OURS, "model_type", "auto_map")}
+        return CONFIG_MAPPING[model_type].from_dict(plain)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(name, error) from error
+
+
+def open_memory(name: str) -> MSAConfig | None:
+    """The memory that a backbone's routers were trained for; None where it has no routers.
+
+    Args:
+        name: As for `open_backbone`.
+
+    Raises:
+        UserError: They were trained for something else than this library computes.
+    """
+    values = _read_config(name)
+    given = values.get(MEMORY)
+    if given is None:
+        return None
+    place = f"model.backbone: '{name}': {MEMORY}"
+    if not isinstance(given, dict):
+        raise UserError(f"{place} is no mapping: restore config.json as it was published")
+    wrong = [
+        f"{key} is {found!r}, supported is {value!r}"
+        for key, value in COMPUTED.items()
+        if (found := given.get(key, WHEN_MISSING[key])) != value
+    ]
+    if COSINE not in str(given.get("aux_loss_method", COSINE)):
+        wrong.append(f"aux_loss_method is {given['aux_loss_method']!r}, supported are {COSINE} and its variants")
+    if wrong:
+        raise UserError(f"{place}: {'; '.join(wrong)}. Its weights were trained for that: start from others")
+    layers = given.get("router_layer_idx", "all")
+    try:
+        numbers = range(values["num_hidden_layers"]) if layers == "all" else map(int, layers.split(","))
+        return MSAConfig(
+            chunk_size=index(given.get("pooling_kernel_size", 64)),
+            top_k=index(given.get("top_k_docs", 16)),
+            routed_layers=tuple(numbers),
+        )
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{place} cannot be read ({error}): restore config.json as it was published") from error
+
+
+def published_memory(msa: MSAConfig, layers: tuple[int, ...], temperature: float) -> dict[str, Any]:
+    """A memory as `msa_config`, which `open_memory` reads back.
+
+    Args:
+        msa: The memory's sizes.
+        layers: Layers that read it.
+        temperature: Of the routing loss.
+    """
+    return {
+        "top_k_docs": msa.top_k,
+        "pooling_kernel_size": msa.chunk_size,
+        "router_layer_idx": ",".join(map(str, layers)),
+        **COMPUTED,
+        # whatever the loss was: at inference, of all names only this one has the published code score by cosine
+        "aux_loss_method": COSINE,
+        "infonce_loss_temp": temperature,
+    }
+
+
+def weight_files(name: str) -> list[Path]:
+    """The safetensors files of a folder or hub name.
+
+    Raises:
+        UserError: It has none.
+    """
+    try:
+        shards = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        files: Any = get_checkpoint_shard_files(name, shards)[0] if shards else [cached_file(name, SAFE_WEIGHTS_NAME)]
+    except (OSError, ValueError) as error:
+        raise _cannot_open(name, error) from error
+    return [Path(file) for file in files]
 
 
 def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
@@ -49,6 +158,31 @@ def fit_vocabulary(backbone: PreTrainedModel, tokens: int) -> int:
     if missing > 0:
         backbone.resize_token_embeddings(tokens)
     return max(missing, 0)
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """A config.json as plain data."""
+    if name.endswith(".json") and not Path(name).is_file():
+        raise UserError(f"model.backbone: no such file '{name}'")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise _cannot_open(name, error) from error
+    if not isinstance(values, dict):
+        raise UserError(f"model.backbone: cannot open '{name}': its config.json is no mapping")
+    return values
+
+
+@contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    """Keeps transformers from reporting routers as weights that it does not know."""
+    before = logging.get_verbosity()
+    try:
+        if silent:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _cannot_open(name: str, error: Exception) -> UserError:

@@ -10,6 +10,7 @@ Shapes: T document tokens, Q queries.
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import re
 import statistics
@@ -18,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,25 +96,34 @@ class Load:
 
 
 class Bench:
-    """One model of random weights on one GPU, and what it takes.
+    """One model of random weights on one device, and what it takes.
 
     Args:
         backbone: A config.json, or the folder or name of a model whose shape to take.
         msa: The memory's sizes.
         limit_gib: The memory that the card is to be taken for, if it has more.
+        device: Where; on a CPU memory is not measured.
 
     Raises:
         UserError: There is no GPU, or the backbone cannot be opened.
     """
 
-    def __init__(self, backbone: str, msa: MSAConfig = MSAConfig(), limit_gib: float | None = None) -> None:
-        if not torch.cuda.is_available():
+    def __init__(
+        self,
+        backbone: str,
+        msa: MSAConfig = MSAConfig(),
+        limit_gib: float | None = None,
+        device: Literal["cuda", "cpu"] = "cuda",
+    ) -> None:
+        self.gpu, self.device = device == "cuda", device
+        if self.gpu and not torch.cuda.is_available():
             raise UserError("bench measures a GPU, and torch sees none; `msa-train estimate` foresees it without one")
-        self.total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-        self.limit_gib = min(limit_gib or self.total_gib, self.total_gib)
-        torch.cuda.set_per_process_memory_fraction(self.limit_gib / self.total_gib)
+        if self.gpu:
+            self.total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+            self.limit_gib = min(limit_gib or self.total_gib, self.total_gib)
+            torch.cuda.set_per_process_memory_fraction(self.limit_gib / self.total_gib)
         config = open_config(backbone)
-        with torch.device("cuda"):
+        with torch.device(device):
             torch.manual_seed(0)
             decoder = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             self.model = MemorySparseModel(decoder, msa).train()
@@ -121,14 +131,15 @@ class Bench:
 
     def environment(self) -> dict[str, Any]:
         """What the numbers hold for."""
-        return {
-            "gpu": torch.cuda.get_device_name(0),
-            "memory_gib": round(self.total_gib, 1),
-            "memory_limit_gib": round(self.limit_gib, 1),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        }
+        told: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+        if self.gpu:
+            told |= {
+                "gpu": torch.cuda.get_device_name(0),
+                "cuda": torch.version.cuda,
+                "memory_gib": round(self.total_gib, 1),
+                "memory_limit_gib": round(self.limit_gib, 1),
+            }
+        return told
 
     def configure(
         self,
@@ -151,7 +162,7 @@ class Bench:
             load: The pack.
             repeats: Timed passes, after one that is not.
         """
-        pack = load.pack(self.model.config.chunk_size, self.sizes.vocabulary).to("cuda")
+        pack = load.pack(self.model.config.chunk_size, self.sizes.vocabulary).to(self.device)
         times, peak = self._timed(lambda: self._losses(pack).backward(), repeats)
         seconds = statistics.median(times)
         sizes = PackSizes.of(pack, self.model.config.chunk_size, self.model.config.top_k)
@@ -182,8 +193,8 @@ class Bench:
         """
         decoder: Any = self.model.backbone.model
         draw = torch.Generator().manual_seed(tokens)
-        ids = torch.randint(10, self.sizes.vocabulary, (1, tokens), generator=draw).to("cuda")
-        position = torch.arange(tokens, device="cuda")[None]
+        ids = torch.randint(10, self.sizes.vocabulary, (1, tokens), generator=draw).to(self.device)
+        position = torch.arange(tokens, device=self.device)[None]
 
         def step() -> None:
             hidden = decoder.embed_tokens(ids)
@@ -200,14 +211,16 @@ class Bench:
 
     def profile(self, load: Load) -> dict[str, Any]:
         """Milliseconds of one forward and backward by kind of GPU kernel, and the largest."""
-        pack = load.pack(self.model.config.chunk_size, self.sizes.vocabulary).to("cuda")
+        pack = load.pack(self.model.config.chunk_size, self.sizes.vocabulary).to(self.device)
         self._timed(lambda: self._losses(pack).backward(), 1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        activity = torch.profiler.ProfilerActivity.CUDA if self.gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
             self._losses(pack).backward()
-            torch.cuda.synchronize()
+            self._wait()
         self._clear()
         kinds: dict[str, float] = defaultdict(float)
-        kernels = [(event.key, event.self_device_time_total / 1000) for event in profiler.key_averages()]
+        column = "self_device_time_total" if self.gpu else "self_cpu_time_total"
+        kernels = [(event.key, getattr(event, column) / 1000) for event in profiler.key_averages()]
         for name, took in kernels:
             kinds[kind_of(name)] += took
         largest = sorted(kernels, key=lambda pair: -pair[1])[:LARGEST]
@@ -223,24 +236,29 @@ class Bench:
 
     def _timed(self, work: Callable[[], None], repeats: int, warm_up: bool = True) -> tuple[list[float], float]:
         self._clear()
-        torch.cuda.reset_peak_memory_stats()
         times = []
         for number in range(repeats + warm_up):
-            torch.cuda.synchronize()
+            self._wait()
             started = time.perf_counter()
             work()
-            torch.cuda.synchronize()
+            self._wait()
             if number >= warm_up:
                 times.append(time.perf_counter() - started)
             self.model.zero_grad()
-        peak = torch.cuda.max_memory_allocated() / GIB
+        peak = torch.cuda.max_memory_allocated() / GIB if self.gpu else math.nan
         self._clear()
         return times, peak
+
+    def _wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
 
     def _clear(self) -> None:
         self.model.zero_grad()
         gc.collect()
-        torch.cuda.empty_cache()
+        if self.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def kind_of(kernel: str) -> str:
@@ -252,42 +270,73 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS if re.search(names, kernel.lower())), "other")
 
 
-def step(bench: Bench, load: Load) -> dict[str, Any]:
-    """All that is fast against none of it, with recomputation as in training, and where the time goes."""
-    bench.configure("layers")
-    fast = bench.training(load)
-    told = bench.profile(load)
-    bench.configure("layers", kernels=replace(REFERENCE, attention="auto"))
-    slow = bench.training(load, repeats=1)
-    return {"fast": fast, "plain": slow, "speedup": slow["median_s"] / fast["median_s"], "profile": told}
-
-
-def lengths(bench: Bench, load: Load, tokens: tuple[int, ...], dense_layers: int = 4) -> dict[str, Any]:
-    """Cost over the memory's length, beside dense attention's."""
+def step(bench: Bench, load: Load, say: Callable[[str], None]) -> dict[str, Any]:
+    """All that is fast against none of it, both with recomputation as in training, and where the time goes."""
     rows = []
-    for count in tokens:
-        row: dict[str, Any] = {"tokens": count}
+    ways: tuple[tuple[str, Recompute, int, Kernels], ...] = (
+        ("fast", "layers", 0, Kernels()),
+        ("fast, 4 layers kept", "layers", 4, Kernels()),
+        ("fast, 6 layers kept", "layers", 6, Kernels()),
+        ("fast, by documents", "documents", 0, Kernels()),
+        ("plain norms, RoPE, SwiGLU and means", "layers", 0, replace(REFERENCE, attention="auto")),
+    )
+    for name, recompute, kept, kernels in ways:
+        bench.configure(recompute, kept, kernels)
+        rows.append({"name": name, **_unless_full(partial(bench.training, load))})
+        say(_line(name, rows[-1]))
+    bench.configure("layers")
+    told = bench.profile(load)
+    for kind, took in told["ms"].items():
+        say(f"  {took:8.1f} ms  {kind}")
+    return {"rows": rows, "profile": told, "plain_over_fast": rows[-1].get("median_s", 0) / rows[0]["median_s"]}
+
+
+def lengths(bench: Bench, load: Load, say: Callable[[str], None]) -> dict[str, Any]:
+    """Cost over the memory's length, beside dense attention's in a few of the layers."""
+    rows = []
+    for tokens in LENGTHS:
+        row: dict[str, Any] = {"tokens": tokens}
         ways: tuple[Recompute, ...] = ("layers", "documents")
         for recompute in ways:
             bench.configure(recompute)
-            row[recompute] = _unless_full(partial(bench.training, replace(load, document_tokens=count), 2))
-        row["dense"] = _unless_full(partial(bench.dense, count, dense_layers))
+            row[recompute] = _unless_full(partial(bench.training, replace(load, document_tokens=tokens), 2))
+            say(_line(f"{tokens:,} tokens, {recompute}", row[recompute]))
+        row["dense"] = _unless_full(partial(bench.dense, tokens, DENSE_LAYERS))
+        say(_line(f"{tokens:,} tokens, dense", row["dense"]))
         rows.append(row)
     return {"rows": rows}
 
 
-def queries(bench: Bench, load: Load, counts: tuple[int, ...] = (1, 4, 16, 64)) -> dict[str, Any]:
+def queries(bench: Bench, load: Load, say: Callable[[str], None]) -> dict[str, Any]:
     """What further queries of one memory cost."""
     bench.configure("layers")
-    rows = [bench.training(replace(load, queries=count)) for count in counts]
-    gain = rows[-1]["queries_per_s"] / rows[0]["queries_per_s"]
-    return {"rows": rows, "queries_per_s_last_over_first": gain}
+    rows = []
+    for count in QUERIES:
+        rows.append(bench.training(replace(load, queries=count)))
+        say(_line(f"{count} queries", rows[-1]) + f"  {rows[-1]['queries_per_s']:.2f} queries/s")
+    return {"rows": rows, "queries_per_s_last_over_first": rows[-1]["queries_per_s"] / rows[0]["queries_per_s"]}
 
 
-def routers(bench: Bench, load: Load, tokens: tuple[int, ...] = (8192, 65_536)) -> dict[str, Any]:
+def routers(bench: Bench, load: Load, say: Callable[[str], None]) -> dict[str, Any]:
     """Routers alone trained, the backbone frozen."""
     bench.configure("none", trains_backbone=False)
-    return {"rows": [bench.training(replace(load, document_tokens=count)) for count in tokens]}
+    rows = []
+    for tokens in ROUTERS:
+        rows.append(bench.training(replace(load, document_tokens=tokens)))
+        say(_line(f"{tokens:,} tokens, routers alone", rows[-1]))
+    return {"rows": rows}
+
+
+LENGTHS, DENSE_LAYERS = (16_384, 32_768, 65_536, 131_072, 262_144), 4
+QUERIES, ROUTERS = (1, 4, 16, 64), (8192, 65_536)
+MEASURES = {"step": step, "lengths": lengths, "queries": queries, "routers": routers}
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    if "out_of_memory" in found:
+        return f"{name:40} out of memory"
+    seconds = found.get("median_s") or found["whole_model_s"]
+    return f"{name:40} {seconds:7.3f} s  {found['peak_gib']:6.2f} GiB"
 
 
 def _unless_full(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -28,17 +28,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
-from msa_train.checkpoints import newest_checkpoint
+from msa_train.checkpoints import check_resumable, newest_checkpoint
 from msa_train.commands import COMMANDS, add_arguments, printable, run_command
 from msa_train.errors import UserError
 from msa_train.jobs import Trainer
 from msa_train.loggers import ContinuedCSVLogger
 from msa_train.module import MemorySparseModule
 from msa_train.runs import BACKBONE, TOKENIZER, save_recall
+from msa_train.strategies import ZeRO, check_arguments, zero_arguments
 
 # the jobs around training, and the arguments of theirs that are no options
 JOBS = {
     "doctor": {"model", "datamodule", "config", "start", "callbacks"},
+    "estimate": {"model", "config"},
     "pack": {"datamodule"},
     "mine": {"model", "datamodule", "checkpoint"},
 }
@@ -134,7 +136,13 @@ class MemoryCLI(LightningCLI):
         if self.subcommand not in JOBS:
             super().instantiate_classes()
             return
+        trainer = self.config[self.subcommand].get("trainer")
+        strategy = trainer.strategy if trainer is not None else "auto"
+        if trainer is not None:  # nor need the strategy's packages: the doctor tells what is missing
+            trainer.strategy = "auto"
         self.config_init = self.parser.instantiate_classes(self.config)
+        if trainer is not None:
+            trainer.strategy = strategy
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
 
     def _run_job(self, subcommand: str) -> None:
@@ -147,6 +155,9 @@ class MemoryCLI(LightningCLI):
             callbacks = self._get(self.config_init, "trainer").callbacks or []
             start = partial(self._starting_point, folder)
             Trainer.doctor(self.model, self.datamodule, config, start, callbacks)
+            return
+        if subcommand == "estimate":
+            Trainer.estimate(self.model, config, config.card, config.card_gib)
             return
         checkpoint = _find_checkpoint(folder, config.ckpt_path)
         if checkpoint is None:
@@ -175,6 +186,9 @@ class MemoryCLI(LightningCLI):
         if self.subcommand == "pack":
             return
         trainer = self.config[self.subcommand].trainer
+        zero = zero_arguments(trainer.strategy)
+        if zero is not None and self.subcommand not in JOBS:  # of what a strategy's constructor says no word comes back
+            check_arguments(zero.stage, zero.offload_parameters)
         if trainer.max_epochs not in (None, 1, -1):
             raise UserError(
                 f"trainer.max_epochs is {trainer.max_epochs}: a run is as long as its phases; "
@@ -205,16 +219,31 @@ class MemoryCLI(LightningCLI):
             return
         config = self.config[subcommand]
         folder = Path(config.runs) / config.name
+        self.model.check_strategy(self.trainer.strategy, subcommand == "fit")
         checkpoint = self._starting_point(folder)
         self.datamodule.prepare_data()
         self.datamodule.setup(subcommand)
         tokenizer = getattr(self.datamodule, "tokenizer", None)
         self.model.preflight(None if tokenizer is None else len(tokenizer), checkpoint)
+        if checkpoint is not None:
+            self._open(checkpoint, subcommand)
         if _first_rank() and hasattr(self.datamodule, "describe"):
             print(f"msa-train: {folder}: {self.datamodule.describe()}")
         if self._starts_anew() and _first_rank() and folder.is_dir():
             shutil.rmtree(folder)
         super()._run_subcommand(subcommand)
+
+    def _open(self, checkpoint: Path, subcommand: str) -> None:
+        """Has Lightning resume a run, but not open the weights of ZeRO's folders, which any strategy may evaluate."""
+        strategy = self.trainer.strategy
+        stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+        given = self.config_init[subcommand]
+        if subcommand == "fit":
+            check_resumable(checkpoint, stage, self.trainer.world_size)
+            given.ckpt_path = str(checkpoint)
+        elif stage or checkpoint.is_dir():
+            self.model.open_for_evaluation(checkpoint)
+            given.ckpt_path = None
 
 
 def _command_parser(name: str) -> Parser:

@@ -1,4 +1,5 @@
-"""The commands that need a run's folder and no config: encode a corpus, ask it, look after a bank, compare runs.
+"""The commands that need a run's folder and no config: encode a corpus, ask it, look after a bank, compare and export
+runs.
 
 What the model is, and how it reads text, stands in the folder. What a document or an answer says goes to the terminal
 as text alone: control characters in it are shown, not obeyed.
@@ -6,6 +7,7 @@ as text alone: control characters in it are shown, not obeyed.
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import sys
 import unicodedata
@@ -13,13 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from msa_train.bench import MEASURES, Bench, Load
+from msa_train.config import MSAConfig
 from msa_train.errors import UserError
+from msa_train.export import DType, export_run
 from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written, check_question
 from msa_train.kernels.maxsim import Precision
 from msa_train.memory import BankFolder, Encoder, MemoryBank, Passage, Size, Tiers
@@ -32,6 +37,7 @@ from msa_train.search import LOW
 PASSAGES = "datamodules.passages:open_passages"
 COMPARISON = "callbacks.comparison:compare_runs"
 Device = Literal["auto", "cpu", "cuda"]
+Measure = Literal["step", "lengths", "queries", "routers"]
 
 
 def encode(
@@ -153,6 +159,52 @@ def report(runs: list[str], out: str = "comparison") -> None:
         out: Where to write, without an ending: OUT.md and OUT.png.
     """
     pkgutil.resolve_name(COMPARISON)([Path(run) for run in runs], Path(out))
+
+
+def export(run: str, out: str, dtype: DType | None = None) -> None:
+    """Export a run as a Hugging Face folder: a plain decoder to transformers, a run or the start of one here.
+
+    Args:
+        run: Folder of a trained run, or a checkpoint in one.
+        out: Folder to write; it must not exist, or be empty.
+        dtype: Precision of the weights; that of the run by default.
+    """
+    folder = export_run(run, out, dtype)
+    files = [file for file in folder.iterdir() if file.is_file()]
+    _say(f"exported    {out}, {len(files)} files, {gib(sum(file.stat().st_size for file in files))}")
+    _say(f"to open it  {Path(out) / 'README.md'}")
+
+
+def bench(
+    backbone: str,
+    out: str = "bench.json",
+    measure: list[Measure] | None = None,
+    tokens: int = 65_536,
+    gib: float | None = None,
+    msa: MSAConfig = MSAConfig(),
+) -> None:
+    """Measure forward and backward on this machine's GPU: random weights, random packs, ratios from one run.
+
+    Args:
+        backbone: A config.json (configs/backbones/), or the folder or name of a model: its shape alone is taken.
+        out: JSON file to write.
+        measure: `step`: all that is fast against none of it, and where the time goes. `lengths`: 16K to 256K tokens
+            beside dense attention. `queries`: 1 to 64 of them on one memory. `routers`: routers alone trained, at 8K
+            and 64K. By default all.
+        tokens: Document tokens of a pack, where they are not what is varied.
+        gib: Memory of the card to stand for, where this one has more.
+        msa: The memory's sizes.
+    """
+    if tokens < 1 or (gib is not None and gib <= 0):
+        raise UserError(f"bench: --tokens {tokens} and --gib {gib} must be above 0")
+    bench = Bench(backbone, msa, gib)
+    result: dict[str, Any] = {"backbone": Path(backbone).name, "environment": bench.environment()}
+    _say("; ".join(f"{name} {value}" for name, value in result["environment"].items()))
+    for name in measure or get_args(Measure):
+        _say(f"\n{name}")
+        result[name] = MEASURES[name](bench, Load(document_tokens=tokens), _say)
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    _say(f"numbers     {out}")
 
 
 def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> None:
@@ -306,7 +358,14 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 # --- on the command line ------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "ask": ask, "bank": bank, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "encode": encode,
+    "ask": ask,
+    "bank": bank,
+    "report": report,
+    "export": export,
+    "bench": bench,
+}
 
 
 def add_arguments(parser: Any, name: str) -> None:
@@ -330,9 +389,13 @@ def add_arguments(parser: Any, name: str) -> None:
     elif name == "report":
         words = "Folders of runs that callbacks.ExtrapolationEvaluation has evaluated."
         by_hand = {"runs": {"nargs": "+", "metavar": "RUN", "help": words}}
+    elif name == "export":
+        by_hand = {"run": {"type": str, "metavar": "RUN", "help": "Folder of a trained run, or a checkpoint in one."}}
     for argument, options in by_hand.items():
         parser.add_argument(argument, **options)
-    skip = {argument.lstrip("-") for argument in by_hand} | {"config"}
+    if name == "bench":
+        parser.add_class_arguments(MSAConfig, "msa")
+    skip = {argument.lstrip("-") for argument in by_hand} | {"config", "msa"}
     parser.add_function_arguments(COMMANDS[name], skip=skip, as_group=False)
 
 
@@ -341,4 +404,6 @@ def run_command(name: str, config: Any) -> None:
     given = dict(config.as_dict())
     if name == "ask":
         given["config"] = AskConfig(**{field.name: given.pop(field.name) for field in fields(AskConfig)})
+    elif name == "bench":
+        given["msa"] = MSAConfig(**given["msa"])
     COMMANDS[name](**given)

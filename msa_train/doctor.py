@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from msa_train.backbone import open_config
+from msa_train.checkpoints import check_resumable
 from msa_train.findings import Finding, attempt
-from msa_train.module import MemorySparseModule
+from msa_train.module import MemorySparseModule, freezes_for_a_while
 from msa_train.source import PackSource
+from msa_train.strategies import INSTALL, PRECISIONS, zero_arguments
 
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 SHOWN = ("torch", "transformers", "lightning", "datasets", "deepspeed")
@@ -40,14 +42,16 @@ def examine(
     """
     trainer = config.trainer
     ranks = world_size(trainer)
-    packs = ranks * trainer.accumulate_grad_batches
+    accumulated, steps = trainer.accumulate_grad_batches, trainer.max_steps
     findings = list(_installation(trainer))
-    found = attempt("data", "corpus", lambda: data.examine(packs, trainer.max_steps))
+    found = attempt("data", "corpus", lambda: data.examine(data.packs_at_once(ranks) * accumulated, steps))
     tokens = None if any(finding.level == "error" for finding in found) else len(data.tokenizer)
     longest = 0 if tokens is None else data.longest()
     findings += attempt("model", "backbone", lambda: list(_model(model, tokens, longest)))
     findings += found
-    findings += attempt("run", "start", lambda: list(_start(model, tokens, start())))
+    zero = zero_arguments(trainer.strategy)
+    stage = 0 if zero is None else zero.get("stage", 2)
+    findings += attempt("run", "start", lambda: list(_start(model, tokens, start(), stage, ranks)))
     findings += _schedule(model, trainer, config.checkpoint.every_n_train_steps)
     findings += _strategy(model, trainer, ranks)
     for callback in callbacks:
@@ -78,10 +82,9 @@ def _installation(trainer: Any) -> Iterator[Finding]:
                 "installation", name, f"{_version(name)} is a malicious release that steals credentials", "error",
                 "pip install 'lightning>=2.6.4', and change every secret that this machine could read",
             )  # fmt: skip
-    if "deepspeed" in _strategy_name(trainer) and importlib.util.find_spec("deepspeed") is None:
+    if zero_arguments(trainer.strategy) is not None and importlib.util.find_spec("deepspeed") is None:
         yield Finding(
-            "installation", "deepspeed", "trainer.strategy asks for it, and it is not installed", "error",
-            "DS_BUILD_OPS=0 pip install 'msa-train[deepspeed]', once torch is there",
+            "installation", "deepspeed", "trainer.strategy asks for it, and it is not installed", "error", INSTALL
         )  # fmt: skip
 
 
@@ -120,9 +123,12 @@ def _model(model: MemorySparseModule, tokens: int | None, longest: int) -> Itera
     )
 
 
-def _start(model: MemorySparseModule, tokens: int | None, checkpoint: Path | None) -> Iterator[Finding]:
+def _start(
+    model: MemorySparseModule, tokens: int | None, checkpoint: Path | None, stage: int, ranks: int
+) -> Iterator[Finding]:
     model.preflight(tokens, checkpoint)
     if checkpoint is not None:
+        check_resumable(checkpoint, stage, ranks)
         yield Finding("run", "start", f"goes on from {checkpoint}: names and shapes fit")
     elif model.init_from is not None:
         yield Finding("run", "start", f"step 0, with the weights of {model.init_from}: names and shapes fit")
@@ -163,7 +169,15 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
             "run", "devices", f"{trainer.devices}: as many as the machine has; counted as one here", "warning",
             "give trainer.devices a number, so that the batch is known",
         )  # fmt: skip
-    mixed = len({phase.trainable for phase in model.timeline.phases}) > 1
+    mixed = freezes_for_a_while(model.timeline)
+    zero = zero_arguments(trainer.strategy)
+    if zero is not None:
+        yield from _zero_findings(zero, str(trainer.precision), mixed, model.dtype_name)
+    elif "deepspeed" in name:
+        yield Finding(
+            "run", "strategy", f"{name} is Lightning's DeepSpeed, whose checkpoints this project does not open",
+            "error", "--trainer.strategy msa_train.strategies.ZeRO (docs/scaling.md)",
+        )  # fmt: skip
     ddp = name.startswith("ddp") or (name == "auto" and ranks > 1)
     if mixed and ddp and not _finds_unused(trainer.strategy):
         yield Finding(
@@ -171,14 +185,39 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
             "--trainer.strategy ddp_find_unused_parameters_true",
         )  # fmt: skip
     smallest = min(phase.backbone_lr for phase in model.timeline.phases)
-    if model.dtype_name == "bfloat16" and smallest < 1e-4 and "deepspeed" not in name:
+    if model.dtype_name == "bfloat16" and smallest < 1e-4 and zero is None:
         yield Finding(
             "run", "weights", f"bfloat16 without a float32 copy at a rate of {smallest:g}: most updates are lost",
-            "warning", "model.weights float32 with precision bf16-mixed, or a DeepSpeed strategy",
+            "warning", "model.weights float32 with precision bf16-mixed, or msa_train.strategies.ZeRO",
         )  # fmt: skip
-    if model.dtype_name == "float32" and str(trainer.precision) == "bf16-true":
+    if model.dtype_name == "float32" and str(trainer.precision) == "bf16-true" and zero is None:
         yield Finding("run", "weights", "model.weights float32 is overruled by precision bf16-true", "warning",
                       "bf16-mixed keeps float32 weights")  # fmt: skip
+
+
+def _zero_findings(zero: Any, precision: str, mixed: bool, weights: str) -> Iterator[Finding]:
+    stage = zero.get("stage", 2)
+    shared = "optimiser" + ", gradients" * (stage > 1) + ", weights" * (stage > 2)
+    host = " and ".join(
+        word for key, word in (("offload_optimizer", "optimiser"), ("offload_parameters", "weights")) if zero.get(key)
+    )
+    told = f"stage {stage}: the ranks share {shared}" + (f"; {host} in the host's memory" if host else "")
+    yield Finding("run", "ZeRO", told + "; bfloat16 weights with a float32 copy")
+    if zero.get("offload_parameters") and stage != 3:
+        yield Finding("run", "ZeRO", "offload_parameters without stage 3", "error", "take stage 3, or leave it out")
+    if precision not in PRECISIONS:
+        yield Finding("run", "precision", f"{precision}: ZeRO trains bfloat16 weights", "error",
+                      "--trainer.precision bf16-true")  # fmt: skip
+    if mixed:
+        yield Finding(
+            "run", "strategy", "the phases freeze the backbone for a while, which ZeRO cannot", "error",
+            "train the routers in a run of their own, and start the next from it with --model.init_from",
+        )  # fmt: skip
+    if weights == "float32":
+        yield Finding(
+            "run", "weights", "model.weights float32 begin rounded to bfloat16, as ZeRO trains them", "warning",
+            "model.weights bfloat16 says so",
+        )  # fmt: skip
 
 
 def _finds_unused(strategy: Any) -> bool:

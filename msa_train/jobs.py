@@ -1,4 +1,4 @@
-"""The jobs around training: tokenising, the doctor, mining negatives. None of them needs a trainer."""
+"""The jobs around training: tokenising, the doctor, the estimate, mining negatives. None of them needs a trainer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import lightning as L
 import torch
 from rich import get_console
 
-from msa_train.doctor import examine
+from msa_train.doctor import examine, world_size
 from msa_train.errors import UserError
+from msa_train.estimate.reading import card_of, read
+from msa_train.estimate.report import print_estimate
 from msa_train.findings import print_findings
 from msa_train.module import MemorySparseModule
 from msa_train.source import PackSource
@@ -46,6 +48,24 @@ class Trainer(L.Trainer):
         Takes the arguments of `fit`. Tokenises the corpora if that has not been done.
         """
         if not print_findings(examine(model, datamodule, config, start, callbacks), get_console()):
+            sys.exit(1)
+
+    @staticmethod
+    def estimate(model: MemorySparseModule, config: Any, card: str = "H100", card_gib: float | None = None) -> None:
+        """Say what a step will take of a GPU, memory and time, without one. Exit code 0, or 1 where it does not fit.
+
+        Takes the arguments of `fit`. Looks at no corpus.
+
+        Args:
+            model: The run's model.
+            config: The run's configuration.
+            card: H100, H100-PCIe, H100-NVL, H200, H800, H20, B200, A100-40GB, A100-80GB, A800, L40S or RTX4090. Times
+                follow from what an H200 measured, whose peak is an H100's; for other cards they are scaled by the
+                vendors' data sheets.
+            card_gib: Memory of the card in GiB, where it has another.
+        """
+        run = read(model, config, world_size(config.trainer))
+        if not print_estimate(run, *card_of(card, card_gib), get_console()):
             sys.exit(1)
 
     @staticmethod

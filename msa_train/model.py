@@ -38,6 +38,7 @@ from msa_train.kernels.elementwise import gate, run, take_over
 from msa_train.losses import label_cross_entropy
 from msa_train.pack import ChunkLayout, Contexts, Documents, MemoryPack, TensorFields
 from msa_train.routing import init_routers, router_projector
+from msa_train.sharing import gather
 
 # decoders whose layer is exactly norm, attention, residual, norm, MLP, residual: each is held equal to
 # transformers' own forward by tests/test_model.py; another one could differ by a multiplier and train wrongly unseen
@@ -163,7 +164,7 @@ class MemorySparseModel(nn.Module):
         return ((name, weight) for name, weight in self.named_parameters() if ".router_" not in name)
 
     def forward(self, pack: MemoryPack, top_k: int | None = None) -> Output:
-        """Both streams of a pack, layer by layer.
+        """Both streams of a pack, layer by layer. Ranks that share a pack must all run theirs.
 
         Args:
             pack: Documents and contexts.
@@ -187,8 +188,10 @@ class MemorySparseModel(nn.Module):
                 if doc_hidden is not None:
                     doc_normed = layer.input_layernorm(doc_hidden)
                     key, value, memory = attention.remember(doc_normed, doc_rope, documents)
+                if memory is not None and pack.shares is not None:
+                    memory = LayerMemory(*gather(pack.shares, memory.key_CGW, memory.value_CGW, memory.router_key_CR))
                 chosen = kept[0] if kept else None
-                view = None if memory is None else PackMemory(memory, documents.chunks, pack.excluded_QD, chosen)
+                view = None if memory is None else PackMemory(memory, pack.chunks, pack.excluded_QD, chosen)
                 added, reading = attention.read(layer.input_layernorm(hidden), rope, contexts, view, top_k)
                 if reading is not None and not kept:
                     kept.append(reading.selected_QK)

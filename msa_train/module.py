@@ -11,11 +11,13 @@ held-out queries, routed over their whole pack.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
@@ -23,24 +25,28 @@ from transformers import AutoModelForCausalLM
 from msa_train.backbone import fit_vocabulary, open_backbone, open_config
 from msa_train.checkpoints import (
     DTYPES,
+    PREFIX,
     check_architecture,
     check_chunk_size,
+    load_routers,
     read_checkpoint,
     restore,
 )
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
-from msa_train.kernels.varlen import Backend
+from msa_train.kernels.choice import Kernels
 from msa_train.losses import RoutingLoss, global_mean, routing_loss
 from msa_train.metrics import LossMeans, RoutingMetrics
-from msa_train.model import MemorySparseModel, Output, check_supported
+from msa_train.model import MemorySparseModel, Output, Recompute, check_supported
 from msa_train.pack import MemoryPack
 from msa_train.phases import Group, Phase, Timeline
 from msa_train.protocol import RoutingWords
 from msa_train.routing import select_documents
+from msa_train.strategies import ZeRO
 
 COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
 SETTLED = 50  # steps after which a router that still sends all queries to one place is not just starting
+TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # trainer.precision that converts the weights
 MEND = "Compare with the untrained router, try router_init aligned, a lower router_lr, or more queries per pack."
 
 
@@ -57,8 +63,10 @@ class MemorySparseModule(L.LightningModule):
         weight_decay: On matrices; norms, biases and embeddings have none.
         betas: AdamW's.
         init_from: Checkpoint whose weights to start from. Unlike --ckpt_path, steps and optimiser start anew.
-        attention: Attention back end.
-        recompute: Gradient checkpointing, a layer at a time.
+        kernels: Which implementations to run, where there are several.
+        recompute: What is computed again in the backward pass to save memory: `layers` what happens within each layer,
+            `documents` all of the documents, 8,192 tokens at a time, for packs longer than memory holds.
+        kept_layers: With `layers`, how many of the last ones keep what they computed: faster, as far as memory goes.
         weights: Precision of the weights.
     """
 
@@ -73,8 +81,9 @@ class MemorySparseModule(L.LightningModule):
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
         init_from: str | None = None,
-        attention: Backend = "auto",
-        recompute: bool = False,
+        kernels: Kernels = Kernels(),
+        recompute: Recompute = "none",
+        kept_layers: int = 0,
         weights: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
@@ -85,13 +94,18 @@ class MemorySparseModule(L.LightningModule):
         self.routing_words: RoutingWords = routing_words
         self.loss_kind: RoutingLoss = routing_loss
         self.temperature, self.weight_decay, self.betas = temperature, weight_decay, betas
-        self.init_from, self.backend, self.recompute = init_from, attention, recompute
+        if kept_layers and recompute != "layers":
+            raise UserError(f"model.kept_layers is {kept_layers}: it needs model.recompute layers")
+        self.init_from = init_from
+        self.kernels, self.kept_layers = kernels, kept_layers
+        self.recompute: Recompute = recompute
         self.dtype_name = weights
         self.model: MemorySparseModel | None = None
         self.watches_collapse = True  # until a callback does, that knows the layers apart
         self._collapse_told = False
         self._skipped = torch.zeros((), dtype=torch.float32)
         self._resuming = False
+        self._evaluated: str | None = None
         self._loaded_step = 0
         self.layer_recall: dict[int, float] = {}
         self.held_out_values: dict[str, dict[str, Tensor]] = {}
@@ -112,7 +126,8 @@ class MemorySparseModule(L.LightningModule):
         if tokens is not None:
             config.vocab_size = max(config.vocab_size, tokens)
         with torch.device("meta"):
-            return MemorySparseModel(AutoModelForCausalLM.from_config(config), self.msa)
+            backbone = AutoModelForCausalLM.from_config(config)
+            return MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
 
     def preflight(self, tokens: int | None, checkpoint: Path | None) -> None:
         """Builds the model on no device and holds it against the weights to be loaded: an error here costs nothing.
@@ -125,21 +140,32 @@ class MemorySparseModule(L.LightningModule):
             UserError: The backbone cannot be opened or routed, or the checkpoint is of another architecture.
         """
         self._resuming = checkpoint is not None
-        if self.init_from is not None and not self._resuming and not Path(self.init_from).is_file():
+        if self.init_from is not None and not self._resuming and not Path(self.init_from).exists():
             raise UserError(f"model.init_from: no such checkpoint '{self.init_from}'")
         model = self.blank(tokens)
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
-        if source is not None and source.is_file():
+        if source is not None:
             saved = read_checkpoint(source)
             check_architecture(model, saved, str(source))
             if self._resuming:
                 check_chunk_size(self.msa, saved, str(source))
 
+    def open_for_evaluation(self, checkpoint: Path) -> None:
+        """Has the model built with a checkpoint's weights, without Lightning's help: for evaluation, not resuming."""
+        self._evaluated = str(checkpoint)
+
     def configure_model(self) -> None:
         """Opens the backbone and attaches routers, once."""
         if self.model is not None:
             return
-        self.model = self.untrained()
+        strategy = self._strategy()
+        start = self._evaluated or (None if self._resuming else self.init_from)
+        if isinstance(strategy, ZeRO) and strategy.stage == 3:
+            tokenizer = self._tokenizer()
+            self.model = self.blank(None if tokenizer is None else len(tokenizer))
+            strategy.shard(self.model, self._started(start) if self.trainer.is_global_zero else None)
+        else:
+            self.model = self._started(start)
         layers, k = self.model.routed_layers, self.msa.top_k
         splits = self._splits()
         self.held_out: Any = torch.nn.ModuleList([RoutingMetrics(layers, k) for _ in splits])
@@ -149,24 +175,65 @@ class MemorySparseModule(L.LightningModule):
         if all(phase.trainable == "routers" for phase in self.timeline.phases):
             for _, weight in self.model.backbone_parameters():
                 weight.requires_grad_(False)
-        if self.init_from is not None and not self._resuming:
-            self._load_weights(self.init_from)
+        if self._evaluated is not None:
+            self._loaded_step = read_checkpoint(Path(self._evaluated))["global_step"]
+
+    def _started(self, checkpoint: str | None) -> MemorySparseModel:
+        """The model before training, or with a checkpoint's weights."""
+        model = self.untrained()
+        if checkpoint is not None:
+            saved = read_checkpoint(Path(checkpoint))
+            check_architecture(model, saved, checkpoint)
+            model.load_state_dict({name.removeprefix(PREFIX): weight for name, weight in saved["state_dict"].items()})
+        return model
 
     def untrained(self) -> MemorySparseModel:
-        """The model as it is before all training: the backbone's own weights, and routers as they are drawn."""
+        """The model as it is before all training: the backbone's own weights; its own routers too where its folder has
+        any, and else routers as they are drawn."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())  # alike on all ranks, whatever was drawn since seed_everything
             backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
             tokenizer = self._tokenizer()
             if tokenizer is not None:
                 fit_vocabulary(backbone, len(tokenizer))
-            return MemorySparseModel(backbone, self.msa, self.backend, self.recompute)
+            model = MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
+        load_routers(model, self.backbone_name)
+        return model
+
+    def check_strategy(self, strategy: Any, fitting: bool) -> None:
+        """Checks what the strategy can run.
+
+        Args:
+            strategy: The trainer's.
+            fitting: Whether it trains.
+
+        Raises:
+            UserError: It cannot run the phases, or is DeepSpeed's without this project's checkpoints.
+        """
+        if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeRO):
+            raise UserError(
+                "trainer.strategy is Lightning's DeepSpeed: give msa_train.strategies.ZeRO (docs/scaling.md)"
+            )
+        if isinstance(strategy, ZeRO) and strategy.stage == 3 and self.recompute == "documents":
+            raise UserError(
+                "model.recompute documents under ZeRO stage 3: packs differ in their number of parts, and ranks would "
+                "wait for each other's weights for ever; take stage 2, or recompute layers"
+            )
+        if fitting and isinstance(strategy, ZeRO) and freezes_for_a_while(self.timeline):
+            raise UserError(
+                "model.phases freeze the backbone in some phases only, which ZeRO cannot: train the routers in a run "
+                "of their own, and start the next from it with --model.init_from"
+            )
 
     def setup(self, stage: str) -> None:
         """Keeps Lightning from converting packs: for bf16-true it would look for floats in them, where there are none,
-        and refuses to look into a frozen dataclass."""
+        and refuses to look into a frozen dataclass. Nor may it convert buffers: RoPE's frequencies in bfloat16 turn the
+        far end of a long document by radians."""
+        self.check_strategy(self.trainer.strategy, stage == "fit")
         plugin: Any = self.trainer.precision_plugin
         plugin.convert_input = _as_it_is
+        if plugin.precision in TRUE:
+            plugin.convert_module = partial(_convert_weights, dtype=TRUE[plugin.precision])
 
     @property
     def net(self) -> MemorySparseModel:
@@ -190,7 +257,7 @@ class MemorySparseModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Checks what only the trainer knows."""
-        mixed = len({phase.trainable for phase in self.timeline.phases}) > 1
+        mixed = freezes_for_a_while(self.timeline)
         strategy = self.trainer.strategy
         unused_allowed = getattr(strategy, "_ddp_kwargs", {"find_unused_parameters": True})
         if mixed and not unused_allowed.get("find_unused_parameters", False):
@@ -200,11 +267,11 @@ class MemorySparseModule(L.LightningModule):
             )
         self._skipped = self._skipped.to(self.device)
         smallest = min(phase.backbone_lr for phase in self.timeline.phases)
-        if self.dtype_name == "bfloat16" and smallest < 1e-4 and "DeepSpeed" not in type(strategy).__name__:
+        if self.dtype_name == "bfloat16" and smallest < 1e-4 and not isinstance(strategy, ZeRO):
             warnings.warn(
                 f"weights are bfloat16 without a float32 copy, and backbone_lr falls to {smallest:g} or less: most "
                 "updates are smaller than bfloat16 can hold and are lost. Use model.weights float32 with precision "
-                "bf16-mixed, or a DeepSpeed strategy, which keeps the copy.",
+                "bf16-mixed, or msa_train.strategies.ZeRO, which keeps the copy.",
                 stacklevel=2,
             )
 
@@ -234,9 +301,9 @@ class MemorySparseModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measures the gradient and keeps a non-finite one from the weights, without a look at the device."""
-        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
-        if not gradients:  # DeepSpeed holds them in its own partitions, and its own overflow check
+        if isinstance(self.trainer.strategy, ZeRO):  # it does both by itself, in the step that follows
             return
+        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~torch.isfinite(norm)).float()
         optimizer.found_inf = broken  # type: ignore[attr-defined]
@@ -258,6 +325,10 @@ class MemorySparseModule(L.LightningModule):
                 self.log(f"train/{name}", values[name], batch_size=1, prog_bar=name == "recall@1")
             self.log("train/lr", phase.learning_rate(within, "routers"), batch_size=1)
             self.log("train/phase", float(number), batch_size=1)
+            strategy = self.trainer.strategy
+            if isinstance(strategy, ZeRO):
+                self.log("train/grad_norm", strategy.gradient_norm, batch_size=1)
+                self.log("train/skipped_steps", float(strategy.skipped_steps), batch_size=1)
             if self.global_step >= SETTLED:
                 self._watch_collapse(float(values["diversity"]), float(values["hubness"]), "training packs")
 
@@ -328,7 +399,9 @@ class MemorySparseModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the weights do not tell, and the counter."""
-        checkpoint["msa_train"] = {"chunk_size": self.msa.chunk_size, "skipped_steps": float(self._skipped)}
+        strategy = self.trainer.strategy
+        skipped = strategy.skipped_steps if isinstance(strategy, ZeRO) else float(self._skipped)
+        checkpoint["msa_train"] = {"chunk_size": self.msa.chunk_size, "skipped_steps": float(skipped)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts on from where the run was."""
@@ -346,12 +419,7 @@ class MemorySparseModule(L.LightningModule):
             UserError: It is no checkpoint, or of another architecture.
         """
         dtype = DTYPES[self.dtype_name]
-        return restore(self.backbone_name, self.msa, dtype, path, tokens, self.backend)
-
-    def _load_weights(self, path: str) -> None:
-        checkpoint = read_checkpoint(Path(path))
-        check_architecture(self.net, checkpoint, path)
-        self.load_state_dict(checkpoint["state_dict"])
+        return restore(self.backbone_name, self.msa, dtype, path, tokens, self.kernels)
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
@@ -376,6 +444,9 @@ class MemorySparseModule(L.LightningModule):
         # Lightning restores the step for fitting alone
         return max(self.global_step, self._loaded_step)
 
+    def _strategy(self) -> Any:
+        return self._trainer.strategy if self._trainer is not None else None
+
     def _tokenizer(self) -> Any:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return getattr(data, "tokenizer", None)
@@ -385,8 +456,19 @@ class MemorySparseModule(L.LightningModule):
         return tuple(getattr(data, "val_splits", ("test",)))
 
 
+def freezes_for_a_while(timeline: Timeline) -> bool:
+    """Whether some phases train the backbone and some do not."""
+    return len({phase.trainable for phase in timeline.phases}) > 1
+
+
 def _as_it_is(data: Any) -> Any:
     return data
+
+
+def _convert_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
+    return module
 
 
 class SkippingAdamW(torch.optim.AdamW):

@@ -11,7 +11,7 @@ pooling and softmax are no matrix products and are left out. Per part, as the mo
     contexts        linear layers of A active tokens
     context_pairs   they look at head, selected chunks and themselves
     router_queries  router projections of X query tokens
-    scores          X query tokens against C chunks
+    scores          X query tokens against all chunks that they are routed over
     head            language-model head at N labelled tokens
 
 Backward, a product takes as many operations again for each of its two operands that has a gradient. Where the backbone
@@ -83,6 +83,7 @@ class PackSizes:
         chunk_pairs: Pairs of an active token and a chunk that was selected for it, in one routed layer.
         routing: Routing tokens X of all queries.
         labels: Labelled tokens N.
+        others: Chunks of the ranks that share the pack, which queries are routed over as well.
     """
 
     documents: int
@@ -93,10 +94,11 @@ class PackSizes:
     chunk_pairs: float
     routing: int
     labels: int
+    others: int = 0
 
     @staticmethod
     def of(pack: MemoryPack, chunk_size: int, top_k: int) -> PackSizes:
-        """Those of a pack, on whatever device it is.
+        """Those of a pack, or of a rank's share of one, on whatever device it is.
 
         All token and chunk counts are exact. Of a document's length the host knows the number of its chunks, so pairs
         are those of documents whose last chunks are equally full. Contexts count as equally long, and documents as
@@ -113,6 +115,7 @@ class PackSizes:
         chunks, number = sums[-1], documents.chunks.documents
         unfilled = (chunks * chunk_size - tokens) / number
         lengths = [(after - before) * chunk_size - unfilled for before, after in zip(sums, sums[1:], strict=False)]
+        read, all_documents = pack.chunks.largest_sums[-1], pack.chunks.documents
         active, head = contexts.tokens_A.numel(), contexts.head
         own = active - head
         return PackSizes(
@@ -121,9 +124,10 @@ class PackSizes:
             chunks=chunks,
             contexts=active,
             context_pairs=head * (head + 1) / 2 + own * head + own * (own / pack.queries + 1) / 2,
-            chunk_pairs=own * (pack.asked / pack.queries) * min(top_k, number) * chunks / number,
+            chunk_pairs=own * (pack.asked / pack.queries) * min(top_k, all_documents) * read / all_documents,
             routing=contexts.routing_index_X.numel(),
             labels=contexts.label_index_N.numel(),
+            others=read - chunks,
         )
 
 
@@ -151,7 +155,7 @@ def forward_operations(model: ModelSizes, pack: PackSizes) -> dict[str, float]:
         "contexts": model.layers * pack.contexts * layer,
         "context_pairs": (model.layers * pack.context_pairs + routed * pack.chunk_pairs) * pair,
         "router_queries": 2 * routed * pack.routing * model.hidden * query,
-        "scores": 2 * routed * pack.routing * pack.chunks * key,
+        "scores": 2 * routed * pack.routing * (pack.chunks + pack.others) * key,
         "head": 2 * pack.labels * model.hidden * model.vocabulary,
     }
 

@@ -235,6 +235,33 @@ class Contexts(TensorFields):
         """Number of queries Q."""
         return self.routing_offsets_Q.shape[0] - 1
 
+    def part(self, first: int, last: int) -> Contexts:
+        """Contexts `first .. last` behind the same head; on the host alone, for its tensors are looked at.
+
+        >>> told = Context([5, 6, 7], labelled=[False, False, True], routing=[(0, 2)])
+        >>> c = Contexts.build([1, 2], [told, Context([8, 9], [False, True], [(0, 1)])]).part(1, 2)
+        >>> c.tokens_A.tolist(), c.offsets_Q.tolist(), c.routing_index_X.tolist(), c.longest
+        ([1, 2, 8, 9], [0, 2, 4], [2], 2)
+        >>> c.label_index_N.tolist(), c.label_target_N.tolist(), c.label_query_N.tolist()
+        ([2], [9], [0])
+        """
+        start, stop = self.offsets_Q[[first + 1, last + 1]].tolist()
+        route, end = self.routing_offsets_Q[[first, last]].tolist()
+        moved = start - self.head  # how far its rows move up
+        labels = (self.label_query_N >= first) & (self.label_query_N < last)
+        return Contexts(
+            tokens_A=torch.cat([self.tokens_A[: self.head], self.tokens_A[start:stop]]),
+            position_A=torch.cat([self.position_A[: self.head], self.position_A[start:stop]]),
+            offsets_Q=torch.cat([self.offsets_Q[:1], self.offsets_Q[first + 1 : last + 2] - moved]),
+            routing_index_X=self.routing_index_X[route:end] - moved,
+            routing_offsets_Q=self.routing_offsets_Q[first : last + 1] - route,
+            label_index_N=self.label_index_N[labels] - moved,
+            label_target_N=self.label_target_N[labels],
+            label_query_N=self.label_query_N[labels] - first,
+            head=self.head,
+            longest=int(self.offsets_Q[first + 1 : last + 2].diff().max()),
+        )
+
     @staticmethod
     def build(head: Sequence[int], contexts: Sequence[Context]) -> Contexts:
         """Lays out contexts behind their template head.
@@ -279,18 +306,44 @@ class Contexts(TensorFields):
 
 
 @dataclass(frozen=True)
+class Shares(TensorFields):
+    """What a rank knows of a pack that it shares with others (sharing.py).
+
+    Args:
+        chunks: Layout of all documents, those of the first rank first.
+        chunk_counts: Chunks of each rank's documents.
+        rank: Which of these ranks this is.
+        tokens: Tokens of documents and contexts of the whole pack.
+        queries: Queries of the whole pack.
+    """
+
+    chunks: ChunkLayout
+    chunk_counts: tuple[int, ...]
+    rank: int
+    tokens: int
+    queries: int
+
+    @property
+    def ranks(self) -> int:
+        """How many share the pack."""
+        return len(self.chunk_counts)
+
+
+@dataclass(frozen=True)
 class MemoryPack(TensorFields):
     """Documents and the queries that share them.
 
+    D are the documents that are read: those of all ranks, where ranks share a pack.
+
     Args:
-        documents: The memory.
+        documents: The memory; of a shared pack, what this rank encodes of it.
         contexts: The active contexts.
         positive_QD: Which documents a query is to find, bool.
         excluded_QD: Which documents are neither right nor wrong for a query, bool: known to be relevant but not asked
             for now (another step of its evidence chain, another part of a long document). They are not selected, not
             ranked and in no loss. All of them for an instruction, which reads no document.
             An unmarked document is a negative.
-        document_ids: Name of every document, in order.
+        document_ids: Name of every document that is read, in order.
         query_ids: Name of every query, in order.
         asked: Queries with a positive, a number known on the host.
         query_steps: Retrieval step that every query is at, from 0.
@@ -299,6 +352,7 @@ class MemoryPack(TensorFields):
             accumulated packs. The loss divides by it.
         step_queries: Queries with a positive of that step, likewise.
         counted: False for a repeat that only keeps ranks in step in an evaluation; metrics leave it out.
+        shares: What the other ranks encode, where several share the pack.
     """
 
     documents: Documents
@@ -313,9 +367,17 @@ class MemoryPack(TensorFields):
     step_labels: int = 0
     step_queries: int = 0
     counted: bool = True
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
-        expected = (self.contexts.queries, self.documents.chunks.documents)
+        if self.shares is not None:
+            counts, own = self.shares.chunk_counts, self.documents.chunks.largest_sums[-1]
+            if counts[self.shares.rank] != own or sum(counts) != self.shares.chunks.largest_sums[-1]:
+                raise ValueError(
+                    f"the shares have {counts} of {self.shares.chunks.largest_sums[-1]} chunks, but rank "
+                    f"{self.shares.rank} has {own}"
+                )
+        expected = (self.contexts.queries, self.chunks.documents)
         for name, mask_QD in (("positive_QD", self.positive_QD), ("excluded_QD", self.excluded_QD)):
             if tuple(mask_QD.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(mask_QD.shape)}, the pack has (Q, D) = {expected}")
@@ -324,6 +386,11 @@ class MemoryPack(TensorFields):
     def queries(self) -> int:
         """Number of queries Q."""
         return self.contexts.queries
+
+    @property
+    def chunks(self) -> ChunkLayout:
+        """Layout of all documents that are read."""
+        return self.documents.chunks if self.shares is None else self.shares.chunks
 
     @property
     def tokens(self) -> int:

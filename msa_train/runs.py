@@ -4,8 +4,9 @@
     tokenizer/             the run's tokenizer
     backbone/config.json   the backbone's shape, its vocabulary grown to the tokenizer
     routing.json           recall@1 of every routed layer in the last validation, a mean over its splits
-    last.ckpt              weights
+    last.ckpt              weights; a file, or ZeRO's folder
 
+What `msa-train export` makes of a run opens alike: a config.json that says it all, beside tokenizer and weights.
 The invariant: the folder is enough. It may be moved, no corpus or backbone beside it is asked for, and no class that
 config.yaml names is ever imported.
 """
@@ -21,13 +22,25 @@ from typing import Any, get_args
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from msa_train.checkpoints import DTYPES, check_chunk_size, newest_checkpoint, read_checkpoint, restore
+from msa_train.backbone import MEMORY, OURS, open_memory
+from msa_train.checkpoints import (
+    DTYPES,
+    check_chunk_size,
+    newest_checkpoint,
+    read_checkpoint,
+    restore,
+    restore_exported,
+)
 from msa_train.config import MSAConfig, RouterInit
 from msa_train.errors import UserError
+from msa_train.kernels.choice import Kernels
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol, RoutingWords
+from msa_train.strategies import FACTS
 
 CONFIG, TOKENIZER, BACKBONE, RECALL = "config.yaml", "tokenizer", "backbone", "routing.json"
+EXPORTED = "config.json"  # what tells an exported run's folder
+TEMPERATURE = 0.1  # the paper's
 DOCUMENT_TOKENS = 1024  # where the run's data has no limit of its own: that of datamodules.PackedMemory
 
 
@@ -43,6 +56,7 @@ class Run:
         layer_weights: Share of every routed layer in the score of a document, in order, 1 in all: by recall@1 in the
             last validation; alike where there was none, or none found anything.
         max_document_tokens: Longer documents were split at the ends of their sentences.
+        temperature: Of the routing loss.
     """
 
     folder: Path
@@ -51,17 +65,21 @@ class Run:
     protocol: Protocol
     layer_weights: tuple[float, ...]
     max_document_tokens: int
+    temperature: float = TEMPERATURE
 
 
 def open_run(name: str | Path) -> Run:
     """Opens a trained run.
 
     Args:
-        name: A run's folder, of which the newest checkpoint is taken; or a checkpoint in one.
+        name: A run's folder, of which the newest checkpoint is taken; or a checkpoint in one; or an exported folder,
+            this project's or a published one.
 
     Raises:
         UserError: It is no run, something of it is missing or damaged, or the checkpoint is of another architecture.
     """
+    if (Path(name) / EXPORTED).is_file():
+        return _open_exported(Path(name))
     folder, checkpoint = _find(Path(name))
     config = _Config(folder / CONFIG)
     msa = MSAConfig(
@@ -77,7 +95,7 @@ def open_run(name: str | Path) -> Run:
     saved = read_checkpoint(checkpoint)
     check_chunk_size(msa, saved, str(checkpoint))
     backbone = str(folder / BACKBONE / "config.json")
-    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), "auto")
+    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), Kernels())
     return Run(
         folder=folder,
         checkpoint=checkpoint,
@@ -85,6 +103,31 @@ def open_run(name: str | Path) -> Run:
         protocol=protocol,
         layer_weights=layer_shares(read_recall(folder / RECALL, model.routed_layers)),
         max_document_tokens=config.whole("data.init_args.max_document_tokens", DOCUMENT_TOKENS),
+        temperature=config.positive("model.temperature", TEMPERATURE),
+    )
+
+
+def _open_exported(folder: Path) -> Run:
+    """A folder that a run was exported to, or a published one, which keeps to the published protocol."""
+    msa = open_memory(str(folder))
+    if msa is None:
+        raise UserError(
+            f"{folder}: not a run of msa-train ({EXPORTED} has no {MEMORY}); give a run's folder, or one that "
+            "`msa-train export` wrote"
+        )
+    config = _Config(folder / EXPORTED)
+    protocol = Protocol(
+        _open_tokenizer(folder), config.choice(f"{OURS}.routing_words", get_args(RoutingWords), "prompt")
+    )
+    model = restore_exported(str(folder), msa)
+    return Run(
+        folder=folder,
+        checkpoint=folder,
+        model=model.eval().requires_grad_(False),
+        protocol=protocol,
+        layer_weights=layer_shares(read_recall(folder / RECALL, model.routed_layers)),
+        max_document_tokens=config.whole(f"{OURS}.max_document_tokens", DOCUMENT_TOKENS),
+        temperature=config.positive(f"{MEMORY}.infonce_loss_temp", TEMPERATURE),
     )
 
 
@@ -132,7 +175,8 @@ def _find(path: Path) -> tuple[Path, Path]:
     """A run's folder and the checkpoint to take."""
     if not path.exists():
         raise UserError(f"no run '{path}': give a run's folder, like checkpoints/quickstart, or a checkpoint in one")
-    folder = path if path.is_dir() else path.parent
+    is_run = path.is_dir() and not (path / FACTS).is_file()  # ZeRO's checkpoints are folders too
+    folder = path if is_run else path.parent
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a run of msa-train (no {CONFIG}); give the folder that `msa-train fit` wrote")
     for part in (f"{TOKENIZER}/tokenizer_config.json", f"{BACKBONE}/config.json"):
@@ -141,7 +185,7 @@ def _find(path: Path) -> tuple[Path, Path]:
                 f"{folder}: no {part}, as in runs of older versions; resume it once "
                 f"(msa-train fit --config {folder / CONFIG} --ckpt_path last), or train it anew"
             )
-    checkpoint = newest_checkpoint(folder) if path.is_dir() else path
+    checkpoint = newest_checkpoint(folder) if is_run else path
     if checkpoint is None:
         raise UserError(f"{folder}: no checkpoint (last*.ckpt) yet; let msa-train fit run until it saves one")
     return folder, checkpoint
@@ -182,9 +226,13 @@ class _Config:
         )
         return tuple(numbers)
 
-    def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
+    def choice(self, key: str, choices: tuple[Any, ...], default: str | None = None) -> Any:
         """One of a few words."""
-        return self._value(key, lambda value: value in choices, f"one of {', '.join(choices)}")
+        return self._value(key, lambda value: value in choices, f"one of {', '.join(choices)}", default)
+
+    def positive(self, key: str, default: float) -> float:
+        """A number above 0."""
+        return self._value(key, lambda value: type(value) in (int, float) and value > 0, "a number above 0", default)
 
     def _value(self, key: str, valid: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
         value = self.values

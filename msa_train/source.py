@@ -40,6 +40,10 @@ class PackSource(L.LightningDataModule):
         """Tokens of the longest document or context; 0 where that is not known."""
         return 0
 
+    def packs_at_once(self, ranks: int) -> int:
+        """Packs that so many ranks read at once: one each, unless ranks share packs."""
+        return ranks
+
     def examine(self, packs_per_step: int, steps: int) -> Sequence[Finding]:
         """What can be known of the data before training."""
         return [Finding("data", "class", type(self).__name__)]

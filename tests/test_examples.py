@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from datamodules.beir import BeirReader
+from msa_train.cli import build
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,3 +38,33 @@ def test_chains_are_a_corpus_whose_held_out_people_are_nowhere_else(tmp_path: Pa
             if people in text and name.split("-")[0] != query.steps[0][0].split("-")[0]
         ]
         assert mentions == []
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_slurm_script_starts_what_msa_train_understands(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run with a srun that writes its arguments down; the command line then reads them."""
+    script, seen = ROOT / "examples" / "slurm.sh", tmp_path / "seen"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {seen}\n")
+    srun.chmod(0o755)
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script.read_text(), re.M))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"], "a task per GPU"
+    if saved:
+        (tmp_path / "qwen3_4b_slurm" / "last.ckpt").mkdir(parents=True)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path), "SLURM_NNODES": asked["nodes"],
+        "SLURM_NTASKS_PER_NODE": asked["ntasks-per-node"], "SLURM_CPUS_PER_TASK": asked["cpus-per-task"],
+    }  # fmt: skip
+    subprocess.run([str(script), "--data.corpus", "a corpus"], check=True, env=environment, cwd=ROOT)
+    words = seen.read_text().splitlines()
+    command = words.index("msa-train")
+    assert all(word.startswith("--") for word in words[:command]) and words[command + 1] == "fit"
+    assert words[-2:] == ["--data.corpus", "a corpus"] and ("--ckpt_path" in words) == saved
+    monkeypatch.chdir(ROOT)
+    here = ["--trainer.accelerator=cpu", "--trainer.num_nodes=1", "--trainer.devices=1", "--trainer.strategy=auto"]
+    found = build([*words[command + 1 :], *here, "--trainer.precision=32-true"], run=False)
+    assert found is not None and found.config.fit.name == "qwen3_4b_slurm"
+    assert (words[words.index("--trainer.num_nodes") + 1], words[words.index("--trainer.devices") + 1]) == ("2", "8")

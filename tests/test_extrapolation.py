@@ -175,15 +175,6 @@ def test_the_doctor_goes_on_where_the_data_cannot_be_opened(
     assert "nowhere" in said and "retrieval_test" in said
 
 
-def test_weights_that_are_spread_over_ranks_are_refused(tiny_run: Arguments, tmp_path: Path) -> None:
-    module = cli.build(["fit", *tiny_run(tmp_path, steps=1)]).model
-    callback = ExtrapolationEvaluation([RetrievalTask()])
-    callback.on_fit_start(module.trainer, module)
-    next(module.parameters()).ds_id = 0  # how ZeRO stage 3 marks a weight
-    with pytest.raises(UserError, match=r"take stage 2, or leave callbacks.ExtrapolationEvaluation out"):
-        callback.on_fit_start(module.trainer, module)
-
-
 def test_a_debug_run_looks_at_the_shortest_memory_alone(tiny_run: Arguments, tmp_path: Path) -> None:
     cli.build(["fit", *tiny_run(tmp_path, **evaluated(), **{"trainer.fast_dev_run": 1})])
     assert {length for _, _, length in cells(tmp_path / "tiny")} == {256}

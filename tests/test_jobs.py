@@ -84,6 +84,11 @@ def test_the_doctor_counts_the_effective_batch(
 
 REPORT = json.dumps(["callbacks.BeforeAfterReport"])
 MIXED = json.dumps([{"name": "a", "steps": 2, "trainable": "routers"}, {"name": "b", "steps": 2}])
+ZERO, ZERO_2 = (
+    json.dumps({"class_path": "msa_train.strategies.ZeRO", "init_args": {"stage": stage, "offload_parameters": True}})
+    for stage in (3, 2)
+)
+BF16_TRUE = {"trainer.precision": "bf16-true", "model.weights": "bfloat16"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "corpus": ({"data.corpus": "nowhere"}, "data.corpus: 'nowhere' is neither"),
     "budget": ({"data.document_tokens": 30}, "lower max_document_tokens or raise the budget"),
@@ -99,7 +104,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"data.val_splits": "[]", "trainer.callbacks": '["callbacks.BeforeAfterReport"]'},
         "needs a split in data.val_splits",
     ),
-    "no deepspeed": ({"trainer.strategy": "deepspeed_stage_2"}, "pip install 'msa-train[deepspeed]'"),
+    "no deepspeed": ({"trainer.strategy": ZERO, **BF16_TRUE}, "pip install 'msa-train[deepspeed]'"),
+    "Lightning's deepspeed": (
+        {"trainer.strategy": "deepspeed_stage_2"},
+        "--trainer.strategy msa_train.strategies.ZeRO",
+    ),
+    "float32 under ZeRO": ({"trainer.strategy": ZERO}, "--trainer.precision bf16-true"),
+    "frozen under ZeRO": ({"trainer.strategy": ZERO, "model.phases": MIXED, **BF16_TRUE}, "with --model.init_from"),
+    "offload in stage 2": ({"trainer.strategy": ZERO_2, **BF16_TRUE}, "offload_parameters without stage 3"),
     "late stage": ({"data.document_tokens": "{0: 256, 500: 512}"}, "from 500 never reached: the run has 20 steps"),
 }
 
@@ -113,6 +125,13 @@ def test_the_doctor_finds_what_would_fail(
         monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     code, said = examine(tiny_run(tmp_path, **flags), capsys)
     assert code == 1 and "WRONG" in said and words in said, said
+
+
+def test_the_doctor_says_what_zero_shares(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = examine(tiny_run(tmp_path, **{"trainer.strategy": ZERO, **BF16_TRUE}), capsys)
+    assert code == 0 and "the ranks share optimiser, gradients, weights; weights in the host's memory" in said
 
 
 def test_the_doctor_finds_a_run_in_the_way_and_a_malicious_release(

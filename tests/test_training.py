@@ -35,18 +35,18 @@ def losses(folder: Path, column: str = "loss/total") -> dict[int, str]:
         return {int(row["step"]): row[column] for row in csv.DictReader(handle) if row.get(column)}
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def start(arguments: list[str], command: str = "fit", **environment: str) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own, on one thread: sums come in one order."""
     script = Path(arguments[0].partition("=")[2]).parent / "run.py"
     script.write_text("import sys\nsys.path.insert(0, '.')\nfrom msa_train.cli import main\nmain()\n")
-    command = [sys.executable, str(script), "fit", *arguments]
     given = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
         **environment,
     }
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
+    words = [sys.executable, str(script), command, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
 
 
 def test_golden_losses(tiny_run: Arguments, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_broken_gradient_changes_nothing_and_is_counted(
 
 def test_the_model_trains_in_train_mode(tiny_run: Arguments, tmp_path: Path) -> None:
     """Lightning never calls train(), so recomputation would stay off (Lightning issue 20105)."""
-    found = cli.build(["fit", *tiny_run(tmp_path, steps=1, **{"model.recompute": "true"})])
+    found = cli.build(["fit", *tiny_run(tmp_path, steps=1, **{"model.recompute": "layers"})])
     assert all(module.training for module in found.model.modules())
 
 

@@ -107,7 +107,7 @@ def _turn_back(
         w_1 = tl.load(weight_ptr + column_H).to(tl.float32)[None, :]
         w_2 = tl.load(weight_ptr + HALF + column_H).to(tl.float32)[None, :]
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row_R = start.to(tl.int64) + tl.arange(0, ROWS)
+        row_R = start.to(tl.int64) + tl.arange(0, ROWS)  # type: ignore[attr-defined, unused-ignore]
         real = (row_R < rows)[:, None]
         first = row_R[:, None] * (2 * HALF) + column_H[None, :]
         factor = (row_R // H)[:, None] * (2 * HALF) + column_H[None, :]

@@ -1,0 +1,312 @@
+"""ZeRO on two real ranks: the losses of DDP, weights shared out from one copy, checkpoints that open without DeepSpeed.
+
+Every start of two ranks takes a quarter of a minute, so one run of each stage answers most questions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from msa_train import cli
+from msa_train.checkpoints import check_resumable, newest_checkpoint, read_checkpoint
+from msa_train.errors import UserError
+from msa_train.runs import open_run
+from msa_train.strategies import FACTS, WEIGHTS, ZeRO, _put
+from tests.hooks import digests
+from tests.test_training import ROOT, losses, start
+
+pytest.importorskip("deepspeed")
+
+Arguments = Callable[..., list[str]]
+STEPS, SAVED, BARE, BROKEN = 6, 3, 3, 4
+COLUMNS = ("loss/total", "loss/lm", "loss/routing", "train/grad_norm", "train/skipped_steps")
+CONFIGS = [ROOT / "configs" / "strategy" / "ddp.yaml", *sorted((ROOT / "configs" / "strategy").glob("zero*.yaml"))]
+ROUTERS = json.dumps([{"name": "routers", "steps": 2, "router_lr": 3e-3, "trainable": "routers"}])
+
+
+def zero(stage: int, **arguments: Any) -> str:
+    """The strategy; nothing is small enough to stay whole."""
+    return json.dumps(
+        {"class_path": "msa_train.strategies.ZeRO",
+         "init_args": {"stage": stage, "persistence_threshold": 0, "timeout_minutes": 2, **arguments}}
+    )  # fmt: skip
+
+
+def flags(folder: Path, name: str, strategy: str, **others: Any) -> dict[str, Any]:
+    """A run of two ranks in bfloat16: one empty pack, one broken gradient, a checkpoint in the middle that is kept."""
+    trials = {"out": str(folder / f"{name}.json"), "bare": BARE, "broken": BROKEN}
+    return {
+        "name": name, "trainer.devices": 2, "trainer.strategy": strategy, "trainer.precision": "bf16-true",
+        "model.weights": "bfloat16", "checkpoint.every_n_train_steps": SAVED, "checkpoint.save_top_k": -1,
+        "checkpoint.filename": "{step}", "trainer.limit_val_batches": 1, "trainer.val_check_interval": 4,
+        "trainer.gradient_clip_val": 1.0,
+        "trainer.callbacks": json.dumps([{"class_path": "tests.hooks.Trials", "init_args": trials}]), **others,
+    }  # fmt: skip
+
+
+def ran(arguments: list[str], command: str = "fit") -> None:
+    done = start(arguments, command, OMP_WAIT_POLICY="passive")
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def column(folder: Path, name: str) -> torch.Tensor:
+    return torch.tensor([float(value) for value in losses(folder, name).values()], dtype=torch.float64)
+
+
+def seen(folder: Path, name: str, rank: int) -> dict[str, dict[str, str]]:
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run with DDP and one of each stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, strategy in (("ddp", "ddp"), *((f"zero{stage}", zero(stage)) for stage in (1, 2, 3))):
+        ran(tiny_run(folder, steps=STEPS, **flags(folder, name, strategy)))
+    return folder
+
+
+def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) -> None:
+    """All keep a float32 copy and add up in another order: 1 in 200. DDP has no copy: 1 in 50."""
+    finite = torch.arange(STEPS) != BROKEN
+    for stage in (1, 2, 3):
+        name = f"zero{stage}"
+        for rank in (0, 1):
+            for what in ("start", "buffers"):
+                ours, theirs = (seen(runs, run, rank)[what] for run in (name, "ddp"))
+                assert ours and ours == theirs, (name, rank, what)
+        for other, tolerance in (("zero1", 5e-3), ("ddp", 2e-2)):
+            for log in ("loss/total", "loss/lm", "loss/routing"):
+                ours, theirs = column(runs / name, log), column(runs / other, log)
+                assert len(ours) == STEPS and ours[0] == theirs[0], (name, log)
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
+            ours, theirs = (column(runs / run, "train/grad_norm")[finite] for run in (name, other))
+            torch.testing.assert_close(ours, theirs, rtol=2 * tolerance, atol=0)
+
+
+def test_a_broken_gradient_of_one_rank_is_skipped_by_all_and_counted(runs: Path) -> None:
+    for name in ("zero1", "zero2", "zero3"):
+        assert column(runs / name, "train/skipped_steps").tolist() == [0, 0, 0, 0, 1, 1]
+        assert torch.isinf(column(runs / name, "train/grad_norm")).tolist() == [step == BROKEN for step in range(STEPS)]
+        saved = read_checkpoint(runs / name / "last.ckpt")
+        assert saved["msa_train"]["skipped_steps"] == 1
+        assert all(torch.isfinite(weight).all() for weight in saved["state_dict"].values())
+
+
+def test_every_weight_moves_at_every_stage_routers_too(runs: Path) -> None:
+    for stage in (1, 2, 3):
+        before, after = (seen(runs, f"zero{stage}", 0)[when] for when in ("start", "end"))
+        assert sum(".router_" in name for name in before) == 2
+        assert not [name for name in before if before[name] == after[name]]
+
+
+def test_ranks_hold_the_same_weights_and_the_folder_has_them(runs: Path) -> None:
+    for stage in (1, 2, 3):
+        name = f"zero{stage}"
+        ends = [seen(runs, name, rank)["end"] for rank in (0, 1)]
+        saved = read_checkpoint(runs / name / "last.ckpt")
+        assert ends[0] == ends[1] == digests((key, saved["state_dict"][key]) for key in ends[0])
+        tied = set(saved["state_dict"]) - set(ends[0])
+        assert tied == {"model.backbone.lm_head.weight"}, "a tied weight has both names"
+        assert {weight.dtype for weight in saved["state_dict"].values()} == {torch.bfloat16}
+        assert saved["global_step"] == STEPS
+
+
+def test_a_folder_holds_one_checkpoint_and_nothing_lies_about(runs: Path) -> None:
+    for name in ("zero1", "zero2", "zero3"):
+        folder = runs / name
+        assert newest_checkpoint(folder) == folder / "last.ckpt"
+        assert {path.name for path in folder.glob("*.ckpt*")} == {"last.ckpt", "step=3.ckpt", "step=6.ckpt"}
+        inside = {path.name for path in (folder / "last.ckpt").iterdir()}
+        assert inside >= {WEIGHTS, FACTS, "latest", "checkpoint"}
+        assert len([path for path in (folder / "last.ckpt").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resumed_is_bitwise_the_uninterrupted_run(stage: int, runs: Path, tiny_run: Arguments) -> None:
+    name = f"resumed{stage}"
+    checkpoint = runs / f"zero{stage}" / f"step={SAVED}.ckpt"
+    ran([*tiny_run(runs, steps=STEPS, **flags(runs, name, zero(stage))), f"--ckpt_path={checkpoint}"])
+    for log in COLUMNS:
+        whole, rest = (losses(runs / run, log) for run in (f"zero{stage}", name))
+        assert rest == {step: value for step, value in whole.items() if step >= SAVED}, log
+    assert seen(runs, name, 0)["end"] == seen(runs, f"zero{stage}", 0)["end"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_equal_two_accumulated_packs(stage: int, runs: Path, tiny_run: Arguments) -> None:
+    """Lightning and DeepSpeed would both divide by the packs."""
+    name = f"packs{stage}"
+    alone = {"trainer.devices": 1, "trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 8}
+    callbacks = {"out": str(runs / f"{name}.json")}
+    given = json.dumps([{"class_path": "tests.hooks.Trials", "init_args": callbacks}])
+    changed = {**alone, "trainer.callbacks": given, "trainer.max_steps": BARE}
+    ran(tiny_run(runs, steps=STEPS, **flags(runs, name, zero(stage), **changed)))
+    for log, tolerance in (("loss/lm", 5e-3), ("loss/routing", 5e-3), ("train/grad_norm", 2e-2)):
+        ranks = column(runs / f"zero{stage}", log)[:BARE]
+        torch.testing.assert_close(column(runs / name, log), ranks, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_folder_is_evaluated_and_opened_without_deepspeed(
+    stage: int, runs: Path, tiny_run: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises
+    name, end = f"zero{stage}", seen(runs, f"zero{stage}", 0)["end"]
+    plain = {"name": name, "ckpt_path": "last", "trainer.precision": "bf16-true", "model.weights": "bfloat16"}
+    for command in ("validate", "test", "predict"):
+        found = cli.build([command, *tiny_run(runs, steps=STEPS, **plain, **{"trainer.limit_val_batches": 1})])
+        assert digests(found.model.named_parameters()) == end and found.model.steps_done() == STEPS
+        buffers = dict(found.model.net.backbone.named_buffers())
+        assert buffers and {buffer.dtype for buffer in buffers.values()} == {torch.float32}, "RoPE in bfloat16 is none"
+    assert {
+        f"model.{key}": value for key, value in digests(open_run(runs / name).model.named_parameters()).items()
+    } == end
+    further = {**plain, "name": f"further{stage}", "ckpt_path": None, "model.init_from": runs / name / "last.ckpt"}
+    del further["ckpt_path"]
+    trials = [{"class_path": "tests.hooks.Trials", "init_args": {"out": str(runs / f"further{stage}.json")}}]
+    cli.build(["fit", *tiny_run(runs, steps=1, **further, **{"trainer.callbacks": json.dumps(trials)})])
+    assert seen(runs, f"further{stage}", 0)["start"] == end
+    with pytest.raises(UserError, match=f"was saved by ZeRO stage {stage} on 2 ranks, this run is without ZeRO"):
+        cli.build(["fit", *tiny_run(runs, steps=STEPS, **plain)])
+
+
+def test_stage_3_trains_routers_alone_and_evaluation_has_the_whole_model(
+    runs: Path, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    """From the weights of another stage; two ranks then test the folder with what the first one found."""
+    task = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 3, "per_memory": 3}}
+    trials = {"out": str(tmp_path / "routers.json")}
+    callbacks = [
+        {"class_path": "callbacks.Samples", "init_args": {"questions": 1}},
+        {"class_path": "callbacks.ExtrapolationEvaluation", "init_args": {"tasks": [task], "lengths": ["512"]}},
+        {"class_path": "tests.hooks.Trials", "init_args": trials},
+    ]
+    given = flags(tmp_path, "routers", zero(3), **{
+        "model.phases": ROUTERS, "model.init_from": runs / "zero2" / "last.ckpt", "trainer.val_check_interval": 2,
+        "checkpoint.every_n_train_steps": 1, "trainer.callbacks": json.dumps(callbacks),
+    })  # fmt: skip
+    ran(tiny_run(tmp_path, **given))
+    before, after = (seen(tmp_path, "routers", 0)[when] for when in ("start", "end"))
+    assert before == seen(runs, "zero2", 0)["end"]
+    assert {name for name in before if before[name] != after[name]} == {name for name in before if ".router_" in name}
+    folder = tmp_path / "routers"
+    assert digests((name, read_checkpoint(folder / "last.ckpt")["state_dict"][name]) for name in after) == after
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {2} and all(sample["documents"] for sample in samples)
+
+    def found() -> Any:
+        return json.loads((folder / "report.json").read_text())["evaluations"][-1]
+
+    during = found()
+    ran(tiny_run(tmp_path, **given, ckpt_path="last"), "test")
+    assert found()["step"] == during["step"] == 2
+    assert [row["scores"] for row in found()["rows"]] == [row["scores"] for row in during["rows"]]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_ask_for_what_their_names_say(path: Path, tiny_run: Arguments, tmp_path: Path) -> None:
+    built = cli.build(["fit", f"--config={path}", *tiny_run(tmp_path, **{"trainer.devices": 2})], run=False)
+    strategy = built.trainer.strategy
+    if path.stem == "ddp":
+        assert type(strategy) is DDPStrategy and built.trainer.precision == "bf16-mixed"
+        return
+    assert isinstance(strategy, ZeRO) and built.trainer.precision == "bf16-true"
+    asked = strategy.config["zero_optimization"]
+    assert str(strategy.stage) in path.stem or path.stem == "zero_cpu"
+    assert ("offload_optimizer" in asked) == ("offload" in path.stem)
+    assert ("offload_param" in asked) == (path.stem == "zero3_offload")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"trainer.precision": "32-true"}, "trainer.precision is 32-true, give bf16-true"),
+        ({"trainer.strategy": "deepspeed_stage_2"}, "give msa_train.strategies.ZeRO"),
+        ({"trainer.strategy": zero(2, offload_parameters=True)}, "offload_parameters needs stage 3"),
+        ({"trainer.strategy": zero(3), "model.recompute": "documents"}, "documents under ZeRO stage 3"),
+        (
+            {
+                "model.phases": json.dumps(
+                    [{"name": "a", "steps": 1, "trainable": "routers"}, {"name": "b", "steps": 1}]
+                )
+            },
+            "which ZeRO cannot: train the routers in a run of their own",
+        ),
+    ],
+)
+def test_what_zero_cannot_run_is_refused(
+    arguments: dict[str, Any], words: str, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    given = {"trainer.strategy": zero(2), "trainer.precision": "bf16-true", **arguments}
+    with pytest.raises(UserError, match=words):
+        cli.build(["fit", *tiny_run(tmp_path, steps=2, **given)])
+
+
+def test_another_number_of_ranks_or_stage_or_a_file_is_not_resumed(runs: Path) -> None:
+    folder = runs / "zero2" / "last.ckpt"
+    check_resumable(folder, stage=2, ranks=2)
+    for stage, ranks, here in ((2, 4, "ZeRO stage 2 on 4 ranks"), (3, 2, "ZeRO stage 3 on 2"), (0, 2, "without ZeRO")):
+        with pytest.raises(UserError, match=f"saved by ZeRO stage 2 on 2 ranks, this run is {here}.*init_from"):
+            check_resumable(folder, stage, ranks)
+    with pytest.raises(UserError, match=r"is no checkpoint of ZeRO"):
+        check_resumable(runs / "ddp" / "last.ckpt", stage=2, ranks=2)
+
+
+def test_a_damaged_folder_is_told(runs: Path, tmp_path: Path) -> None:
+    for number, (file, text, words) in enumerate(
+        (
+            (FACTS, None, "no readable msa_train.json"),
+            (FACTS, '{"chunk_size": 8}', "not of this project .no global_step, ranks"),
+            (WEIGHTS, "no weights", "not readable weights"),
+            (WEIGHTS, None, "not readable weights"),
+        )
+    ):
+        copy = tmp_path / f"{number}.ckpt"
+        shutil.copytree(runs / "zero2" / "last.ckpt", copy)
+        (copy / file).unlink()
+        if text is not None:
+            (copy / file).write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(copy)
+
+
+@pytest.mark.parametrize("allowed", range(8))
+def test_a_killed_save_leaves_a_whole_checkpoint(allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may end at any change of the disk: what is newest of last*.ckpt is always whole."""
+    rename, rmtree, changes = Path.rename, shutil.rmtree, 0
+    for age, name in enumerate(("last.ckpt", "last.ckpt.writing"), 1):
+        for part in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / part).touch()
+        os.utime(tmp_path / name, (age, age))
+
+    def counted(change: Callable[[], Any], half: Callable[[], Any]) -> None:
+        nonlocal changes
+        changes += 1
+        if changes > allowed:
+            half()
+            raise KeyboardInterrupt
+        change()
+
+    monkeypatch.setattr(Path, "rename", lambda path, to: counted(lambda: rename(path, to), lambda: None))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: counted(lambda: rmtree(path), (Path(path) / "a").unlink))
+    with contextlib.suppress(KeyboardInterrupt):
+        _put(tmp_path / "last.ckpt.writing", tmp_path / "last.ckpt")
+    monkeypatch.undo()
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and {path.name for path in newest.iterdir()} == {"a", "b"}
+    assert (changes <= allowed) == ({path.name for path in tmp_path.iterdir()} == {"last.ckpt"})
+    if changes <= allowed:
+        assert newest.stat().st_mtime == 2, "it is the new one"
