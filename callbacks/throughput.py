@@ -17,25 +17,26 @@ import torch
 
 from callbacks.parts import packed_memory, parts
 from msa_train.errors import UserError
+from msa_train.estimate.sizes import CARDS
 from msa_train.findings import Finding
 from msa_train.module import MemorySparseModule
 from msa_train.operations import ModelSizes, PackSizes, training_operations
 from msa_train.pack import MemoryPack
 from msa_train.phases import Phase
 
-# dense bf16, in TFLOP/s; the first line whose words are all in the card's name
+# how a driver calls a card, and how the estimate does; the first line whose words are all in the driver's
 PEAKS = (
-    ("H100 PCIe", 756.0),
-    ("H800 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H200 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("H800", 989.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("H20", 148.0),
-    ("B200", 2250.0),
+    ("H100 PCIe", "H100-PCIe"),
+    ("H800 PCIe", "H100-PCIe"),
+    ("H100 NVL", "H100-NVL"),
+    ("H200 NVL", "H100-NVL"),
+    ("H100", "H100"),
+    ("H200", "H200"),
+    ("H800", "H800"),
+    ("A100", "A100-80GB"),
+    ("A800", "A800"),
+    ("H20", "H20"),
+    ("B200", "B200"),
 )
 FETCH = "train_dataloader_next"  # how Lightning's profilers call the wait for a batch
 
@@ -150,14 +151,14 @@ def known_peak(card: str) -> float | None:
     """Peak of a card in TFLOP/s, dense bf16; None where it is not known. A slice of a card (MIG) is not the card.
 
     >>> known_peak("NVIDIA H100 80GB HBM3"), known_peak("NVIDIA H100 PCIe"), known_peak("NVIDIA A100-SXM4-80GB")
-    (989.0, 756.0, 312.0)
+    (989, 756, 312)
     >>> known_peak("NVIDIA A10"), known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     (None, None)
     """
     words = set(re.split(r"[\s-]", card))
     if "MIG" in words:
         return None
-    return next((peak for name, peak in PEAKS if words.issuperset(name.split())), None)
+    return next((CARDS[card].tflops for name, card in PEAKS if words.issuperset(name.split())), None)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,6 +95,8 @@ def ask(model: str, bank: str, question: str | None, config: AskConfig, device: 
     run, place, opened = open_run(model), _device(device), BankFolder(bank).open()
     Encoder(run.model, run.protocol).check(opened)
     opened = opened.to(place, Tiers(values="disk"))
+    # a few questions are not worth compiling for
+    run.model.use(replace(run.model.kernels, elementwise="plain"))
     answerer = Answerer(run.model.to(place), run.protocol, opened, run.layer_weights, config)
     if question is not None:
         _answer(answerer, question)

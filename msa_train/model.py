@@ -107,7 +107,7 @@ class MemorySparseModel(nn.Module):
         kernels: Which implementations to run.
         recompute: What is computed again in the backward pass rather than kept (docs/performance.md). `layers`: what
             happens within attention and within the MLP of each layer. `documents`: all that is no context, 8,192
-            tokens at a time, so that memory hardly grows with the documents; a quarter slower than `layers`. The first
+            tokens at a time, so that memory hardly grows with the documents; a third slower than `layers`. The first
             pass's selection is used again.
         kept_layers: With `layers`, how many of the last ones keep what they computed.
 
