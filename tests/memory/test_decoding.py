@@ -24,7 +24,7 @@ def layer_outputs(model: MemorySparseModel) -> Iterator[list[torch.Tensor]]:
     """What every layer's MLP gives, in the order of calls: it depends on all that the layer did before."""
     seen: list[torch.Tensor] = []
     hooks = [
-        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
         for layer in model.backbone.model.layers
     ]
     yield seen
@@ -66,8 +66,8 @@ def test_a_bank_and_a_decoding_step_are_the_training_forward_in_every_layer(
     pack = pack_of(protocol, list(range(17)), contexts, chunk_size=5)
     with torch.no_grad(), layer_outputs(model) as both:
         forward = model(pack)
-        wanted = [output for number, output in enumerate(both) if number % 2 == 1 or number >= 6]
-    # documents run through all layers but the last, contexts through all: [doc, ctx] * 3, ctx
+        wanted = both[::2]
+    # contexts run through all layers, documents through all but the last: [ctx, doc] * 3, ctx
     assert len(both) == 7 and len(wanted) == 4
     asked = [asking(protocol, question, []) for question in QUESTIONS]
     with layer_outputs(model) as read:
