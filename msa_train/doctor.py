@@ -16,7 +16,7 @@ from typing import Any
 from msa_train.backbone import open_config
 from msa_train.checkpoints import check_resumable
 from msa_train.findings import Finding, attempt
-from msa_train.module import MemorySparseModule, freezes_for_a_while
+from msa_train.module import MemorySparseModule
 from msa_train.source import PackSource
 from msa_train.strategies import INSTALL, PRECISIONS, zero_arguments
 
@@ -169,10 +169,10 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
             "run", "devices", f"{trainer.devices}: as many as the machine has; counted as one here", "warning",
             "give trainer.devices a number, so that the batch is known",
         )  # fmt: skip
-    mixed = freezes_for_a_while(model.timeline)
+    mixed = model.timeline.freezes_for_a_while
     zero = zero_arguments(trainer.strategy)
     if zero is not None:
-        yield from _zero_findings(zero, str(trainer.precision), mixed, model.dtype_name)
+        yield from _zero_findings(model, zero, str(trainer.precision))
     elif "deepspeed" in name:
         yield Finding(
             "run", "strategy", f"{name} is Lightning's DeepSpeed, whose checkpoints this project does not open",
@@ -195,7 +195,7 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
                       "bf16-mixed keeps float32 weights")  # fmt: skip
 
 
-def _zero_findings(zero: Any, precision: str, mixed: bool, weights: str) -> Iterator[Finding]:
+def _zero_findings(model: MemorySparseModule, zero: Any, precision: str) -> Iterator[Finding]:
     stage = zero.get("stage", 2)
     shared = "optimiser" + ", gradients" * (stage > 1) + ", weights" * (stage > 2)
     host = " and ".join(
@@ -208,12 +208,15 @@ def _zero_findings(zero: Any, precision: str, mixed: bool, weights: str) -> Iter
     if precision not in PRECISIONS:
         yield Finding("run", "precision", f"{precision}: ZeRO trains bfloat16 weights", "error",
                       "--trainer.precision bf16-true")  # fmt: skip
-    if mixed:
+    if stage == 3 and model.recompute == "documents":
+        yield Finding("run", "strategy", "model.recompute documents under ZeRO stage 3: ranks would wait for ever",
+                      "error", "take stage 2, or recompute layers")  # fmt: skip
+    if model.timeline.freezes_for_a_while:
         yield Finding(
             "run", "strategy", "the phases freeze the backbone for a while, which ZeRO cannot", "error",
             "train the routers in a run of their own, and start the next from it with --model.init_from",
         )  # fmt: skip
-    if weights == "float32":
+    if model.dtype_name == "float32":
         yield Finding(
             "run", "weights", "model.weights float32 begin rounded to bfloat16, as ZeRO trains them", "warning",
             "model.weights bfloat16 says so",

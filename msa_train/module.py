@@ -219,7 +219,7 @@ class MemorySparseModule(L.LightningModule):
                 "model.recompute documents under ZeRO stage 3: packs differ in their number of parts, and ranks would "
                 "wait for each other's weights for ever; take stage 2, or recompute layers"
             )
-        if fitting and isinstance(strategy, ZeRO) and freezes_for_a_while(self.timeline):
+        if fitting and isinstance(strategy, ZeRO) and self.timeline.freezes_for_a_while:
             raise UserError(
                 "model.phases freeze the backbone in some phases only, which ZeRO cannot: train the routers in a run "
                 "of their own, and start the next from it with --model.init_from"
@@ -257,7 +257,7 @@ class MemorySparseModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Checks what only the trainer knows."""
-        mixed = freezes_for_a_while(self.timeline)
+        mixed = self.timeline.freezes_for_a_while
         strategy = self.trainer.strategy
         unused_allowed = getattr(strategy, "_ddp_kwargs", {"find_unused_parameters": True})
         if mixed and not unused_allowed.get("find_unused_parameters", False):
@@ -454,11 +454,6 @@ class MemorySparseModule(L.LightningModule):
     def _splits(self) -> tuple[str, ...]:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return tuple(getattr(data, "val_splits", ("test",)))
-
-
-def freezes_for_a_while(timeline: Timeline) -> bool:
-    """Whether some phases train the backbone and some do not."""
-    return len({phase.trainable for phase in timeline.phases}) > 1
 
 
 def _as_it_is(data: Any) -> Any:

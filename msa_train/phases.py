@@ -96,6 +96,11 @@ class Timeline:
         """Steps of the whole run."""
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def freezes_for_a_while(self) -> bool:
+        """Whether some phases train the backbone and some do not."""
+        return len({phase.trainable for phase in self.phases}) > 1
+
     def at(self, step: int) -> tuple[int, Phase, int]:
         """Number of the phase that a step falls into, the phase, and the step within it."""
         for number, phase in enumerate(self.phases):
