@@ -104,7 +104,7 @@ def steps(given: argparse.Namespace, work: Path, strategy: str, extra: Sequence[
         f"--config=configs/strategy/{strategy}.yaml", *shared(given, work, name),
         "--model.backbone=configs/backbones/qwen3_4b.json", f"--data.document_tokens={given.tokens}",
         f"--data.queries_per_pack={given.queries}", "--data.num_workers=4", f"--trainer.max_steps={given.steps}",
-        "--trainer.log_every_n_steps=2", "--checkpoint.every_n_train_steps=100000", "--checkpoint.save_last=false",
+        "--trainer.log_every_n_steps=2", "--checkpoint.every_n_train_steps=0",
         f"--trainer.callbacks={json.dumps(callbacks)}", *extra, log=work / f"{name}.log",
     )  # fmt: skip
     folder = work / "runs" / name
@@ -174,7 +174,7 @@ def agreement(given: argparse.Namespace, work: Path) -> dict[str, Any]:
             "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=bf16-mixed",
             "--model.weights=float32", "--data.document_tokens=8192", "--data.queries_per_pack=16",
             "--data.num_workers=0", "--trainer.max_steps=50", "--trainer.log_every_n_steps=1",
-            "--checkpoint.save_last=false", "--trainer.callbacks=[]", *words, *given.extra,
+            "--checkpoint.every_n_train_steps=0", "--trainer.callbacks=[]", *words, *given.extra,
             log=work / f"agree-{name}.log",
         )  # fmt: skip
         folder = work / "runs" / f"agree-{name}"

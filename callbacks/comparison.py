@@ -27,8 +27,11 @@ def compare_runs(folders: Sequence[Path], out: Path) -> None:
         out: Where to write, without an ending.
 
     Raises:
-        UserError: A run has no report, or is named twice.
+        UserError: A run has no report, or is named twice; or nothing can be written there.
     """
+    tables, figure = (out.with_name(f"{out.name}.{ending}") for ending in ("md", "png")) if out.name else (out, out)
+    if not out.name or tables.is_dir() or figure.is_dir():
+        raise UserError(f"--out '{out}': give a file's name without an ending; OUT.md and OUT.png are written")
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -46,10 +49,12 @@ def compare_runs(folders: Sequence[Path], out: Path) -> None:
         head, rows = _rows(latest, task, metric)
         _show(latest, task, metric)
         parts += [f"## {task}\n", table(head, rows), ""]
-    tables, figure = out.with_name(f"{out.name}.md"), out.with_name(f"{out.name}.png")
-    tables.parent.mkdir(parents=True, exist_ok=True)
-    tables.write_text("\n".join(parts))
-    _draw(latest, metrics).savefig(figure, dpi=120)
+    try:
+        tables.parent.mkdir(parents=True, exist_ok=True)
+        tables.write_text("\n".join(parts))
+        _draw(latest, metrics).savefig(figure, dpi=120)
+    except OSError as error:
+        raise UserError(f"--out '{out}': cannot be written ({error.strerror}): give another place") from error
     for what, place in (("tables", tables), ("figure", figure)):
         get_console().print(f"{what:<12}{place}", soft_wrap=True, highlight=False, markup=False)
 

@@ -132,7 +132,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{place}: '{key}' is missing, empty or not a string")
         digest = hashlib.blake2b(record["_id"].encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in seen:
-            raise UserError(f"{place}: _id '{record['_id']}' occurs twice")
+            raise UserError(f"{place}: _id '{record['_id']}' occurs twice; every record needs a name of its own")
         seen.add(digest)
         yield place, record
     if not seen:
@@ -174,7 +174,11 @@ def _qrels(file: Path) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    with file.open("rb") as handle:
+    try:
+        handle = file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    with handle:
         for number, raw in enumerate(handle, start=1):
             try:
                 yield f"{file}:{number}", raw.decode("utf-8")

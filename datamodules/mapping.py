@@ -288,7 +288,10 @@ def _hold_out(top: Section) -> HoldOut | None:
     share = keys.values.get("share")
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise UserError(f"{keys.place}: share must be a number between 0 and 1, found {describe(share)}")
-    return HoldOut(keys.required("split"), float(share), keys.text("by"))
+    split = keys.required("split")
+    if not re.fullmatch(r"[\w-]+", split):
+        raise UserError(f"{keys.place}: split is {describe(split)}; use letters, digits, _ and -")
+    return HoldOut(split, float(share), keys.text("by"))
 
 
 def _pointer(keys: Section) -> Pointer:

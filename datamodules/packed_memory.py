@@ -26,6 +26,7 @@ from datamodules.opening import PYTHON_DOCS, open_corpus, open_store
 from datamodules.packing import PackDataset, Packer
 from datamodules.planning import PackingConfig, Plan, Planner
 from datamodules.python_docs import cache_root
+from datamodules.records import encodable
 from datamodules.store import MANIFEST
 from datamodules.summary import print_store
 from datamodules.tokenizer import open_tokenizer, train_tokenizer
@@ -38,6 +39,7 @@ from msa_train.sharing import share
 from msa_train.source import PackSource
 
 BM25 = "bm25"
+LARGEST = 2**27  # document tokens of a pack: beyond any card, and a slip of the finger
 SAMPLE = 64_000_000  # characters that a tokenizer is trained on, at most
 
 
@@ -122,6 +124,10 @@ class PackedMemory(PackSource):
             raise UserError("data.corpus: give at least one corpus, and every weight above 0")
         if min(self.curriculum, default=-1) != 0 or min(self.curriculum.values()) < 1:
             raise UserError("data.document_tokens: a curriculum begins at step 0, like {0: 8192, 4000: 65536}")
+        if max(self.curriculum.values()) > LARGEST:
+            raise UserError(
+                f"data.document_tokens is {max(self.curriculum.values()):,}: give at most {LARGEST:,} for a pack"
+            )
         if any(number < 1 for number in self.negatives.values()):
             raise UserError("data.negatives: give at least 1 per query, or leave the entry out")
 
@@ -182,6 +188,11 @@ class PackedMemory(PackSource):
             f"{planner.queries:,} training queries in {planner.packs_per_epoch:,} packs an epoch"
             + (f", {self.document_parallel} ranks to a pack" if self.document_parallel > 1 else "")
         )
+
+    def fingerprint(self) -> list[str]:
+        """What tells the run's stores apart from those of other text, tokenizers and limits."""
+        assert self.data is not None
+        return [store.folder.name for store in self.data.stores]
 
     def pack(self) -> None:
         """Tokenises what is not tokenised yet, and prints what the stores hold and what packs become of them."""
@@ -321,7 +332,7 @@ class PackedMemory(PackSource):
             for records in (reader.documents(), reader.queries()):  # the words of questions as well
                 room = SAMPLE // (2 * len(self.corpora))
                 for record in records:
-                    texts.append(record.text)
+                    texts.append(encodable(record.text, record.id))
                     room -= len(record.text)
                     if room < 0:
                         break

@@ -78,12 +78,15 @@ def encodable(text: str, name: str) -> str:
 
 def file_state(file: Path) -> str:
     """Changes when a file does: its name, size, time, and what its first and last 64 KB say."""
-    stat = file.stat()
-    digest = hashlib.sha256(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
-    with file.open("rb") as handle:
-        digest.update(handle.read(EDGE))
-        handle.seek(max(stat.st_size - EDGE, 0))
-        digest.update(handle.read(EDGE))
+    try:
+        stat = file.stat()
+        digest = hashlib.sha256(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(EDGE))
+            handle.seek(max(stat.st_size - EDGE, 0))
+            digest.update(handle.read(EDGE))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
 
 

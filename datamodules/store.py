@@ -12,7 +12,9 @@ The invariant: a part of a document is the slice of its source's text that begin
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -145,11 +147,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: no complete store (msa-train pack builds one): {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: a store of another format; delete it and build it again with msa-train pack")
+    for name, sound in SOUND.items():
+        if not sound(manifest.get(name)):
+            raise UserError(
+                f"{folder / MANIFEST}: damaged: '{name}' is missing, or not what it should be; delete it and run "
+                "msa-train pack"
+            )
     return manifest
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_count, value.values()))
+
+
+SOUND: dict[str, Callable[[Any], bool]] = {
+    # it begins the name of a file, beside others of its folder
+    "name": lambda value: isinstance(value, str) and "/" not in value and "\0" not in value,
+    "content": lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
+    "tokenizer": lambda value: isinstance(value, str),
+    **dict.fromkeys(("max_document_tokens", "documents", "sources", "split", "tokens", "neutralised"), _count),
+    **dict.fromkeys(("lengths", "queries", "dropped"), _counts),
+}
 
 
 def open_table(folder: Path, name: str, schema: pa.Schema) -> pa.Table:

@@ -23,8 +23,8 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: There is none of that name, or it is not a fast one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of a damaged file the libraries below raise whatever they stumble over
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"data.tokenizer: cannot open '{name}': {reason}") from error
     if not tokenizer.is_fast:

@@ -2,11 +2,13 @@
 
 A folder may carry routers as well, and `msa_config` says what memory they were trained for: that of `msa-train export`,
 whose `model_type` is the backbone's own, and that of the published code, whose `model_type` is `msa` and whose backbone
-is Qwen3. The invariant: both are the plain decoder to transformers, and no code of a folder is run.
+is Qwen3. The invariant: both are the plain decoder to transformers, and no code of a folder is run. A folder of routers
+alone (apart.py) stands for the backbone that it names, wherever that lies.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
@@ -19,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from msa_train.apart import ROUTERS, Home, restore_rows
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 
@@ -33,20 +36,26 @@ WHEN_MISSING = {**COMPUTED, "head_reduce_method": "max", "decouple_router": Fals
 COSINE = "INFONCE"  # the published losses of this name are over cosines, the other one is not
 
 
-def open_backbone(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def open_backbone(name: str, dtype: torch.dtype | None, elsewhere: str | None = None) -> PreTrainedModel:
     """A Hugging Face causal language model.
 
     Args:
         name: Folder or hub name for trained weights; a `*.json` file (a config.json) for random ones of that shape.
         dtype: Precision of the weights; None for that in which they are kept.
+        elsewhere: Where the backbone is, if `name` is of routers alone and their backbone is not where they say.
 
     Raises:
-        UserError: It cannot be opened, or some of its weights are missing.
+        UserError: It cannot be opened, some of its weights are missing, or routers alone belong to another one.
     """
     config = open_config(name)
+    home = check_home(name, elsewhere)
+    if home is not None:
+        kept: Any = config.dtype
+        return _open_elsewhere(name, home, elsewhere or home.name, dtype or kept)
     if name.endswith(".json"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     routed = open_memory(name) is not None
+    _check_index(name)
     try:
         with _silent(routed):
             opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,6 +74,60 @@ def open_backbone(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     return backbone
 
 
+def _open_elsewhere(name: str, home: Home, elsewhere: str, dtype: torch.dtype) -> PreTrainedModel:
+    backbone = open_backbone(elsewhere, dtype)
+    home.check_weights(backbone, _place(name, elsewhere))
+    fit_vocabulary(backbone, open_config(name).vocab_size)
+    restore_rows(backbone, home, weight_files(name)[0])
+    return backbone
+
+
+def check_home(name: str, elsewhere: str | None = None) -> Home | None:
+    """The backbone that a folder of routers alone needs, its sizes checked; no weight is read.
+
+    Args:
+        name: As for `open_backbone`.
+        elsewhere: As there.
+
+    Returns:
+        None where a name has its weights itself.
+
+    Raises:
+        UserError: The backbone cannot be opened, or is of other sizes; or none is needed, and one is given.
+    """
+    home = open_home(name)
+    if home is None:
+        if elsewhere is not None:
+            raise UserError(
+                f"'{name}' is not routers alone: it has a backbone, and '{elsewhere}' cannot take its place"
+            )
+        return None
+    found = elsewhere or home.name
+    try:
+        if open_home(found) is not None:
+            raise UserError(f"'{found}' is routers alone too")
+        home.check_sizes(open_config(name), open_config(found), _place(name, found))
+    except UserError as error:
+        raise UserError(f"{error}; say where that backbone is (docs/export.md, Routers alone)") from error
+    return home
+
+
+def _place(name: str, elsewhere: str) -> str:
+    return f"'{elsewhere}', the backbone of the routers in '{name}'"
+
+
+def open_home(name: str) -> Home | None:
+    """The backbone that a folder of routers alone names; None where a name has its weights itself.
+
+    Args:
+        name: As for `open_backbone`.
+
+    Raises:
+        UserError: It cannot be opened, or names its backbone incompletely.
+    """
+    return Home.read(_read_config(name).get(OURS), f"'{name}'")
+
+
 def open_config(name: str) -> PreTrainedConfig:
     """The backbone's config alone, from the same kinds of names; no weight is read."""
     values = _read_config(name)
@@ -74,7 +137,7 @@ def open_config(name: str) -> PreTrainedConfig:
         model_type = "qwen3" if values["model_type"] == PUBLISHED else values["model_type"]
         plain = {key: value for key, value in values.items() if key not in (MEMORY, OURS, "model_type", "auto_map")}
         return CONFIG_MAPPING[model_type].from_dict(plain)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged config the libraries below raise whatever they stumble over
         raise _cannot_open(name, error) from error
 
 
@@ -135,14 +198,17 @@ def published_memory(msa: MSAConfig, layers: tuple[int, ...], temperature: float
 
 
 def weight_files(name: str) -> list[Path]:
-    """The safetensors files of a folder or hub name.
+    """The safetensors files of a folder or hub name; of routers alone, theirs.
 
     Raises:
         UserError: It has none.
     """
+    apart = open_home(name) is not None
+    _check_index(name)
+    single = ROUTERS if apart else SAFE_WEIGHTS_NAME
     try:
         shards = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        files: Any = get_checkpoint_shard_files(name, shards)[0] if shards else [cached_file(name, SAFE_WEIGHTS_NAME)]
+        files: Any = get_checkpoint_shard_files(name, shards)[0] if shards else [cached_file(name, single)]
     except (OSError, ValueError) as error:
         raise _cannot_open(name, error) from error
     return [Path(file) for file in files]
@@ -166,11 +232,25 @@ def _read_config(name: str) -> dict[str, Any]:
         raise UserError(f"model.backbone: no such file '{name}'")
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file the libraries below raise whatever they stumble over
         raise _cannot_open(name, error) from error
     if not isinstance(values, dict):
         raise UserError(f"model.backbone: cannot open '{name}': its config.json is no mapping")
     return values
+
+
+def _check_index(name: str) -> None:
+    """Refuses a folder whose index names weights outside of it."""
+    index_file = Path(name) / SAFE_WEIGHTS_INDEX_NAME
+    if not index_file.is_file():
+        return
+    try:
+        shards = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index_file}: not an index of weights; copy or export them again") from error
+    if outside:
+        raise UserError(f"{index_file}: names '{outside[0]}', which is no file of its folder; export it again")
 
 
 @contextmanager

@@ -1,28 +1,28 @@
 """Checkpoints: reading one, holding it against a model, and restoring a model of it without a trainer.
 
-A checkpoint is Lightning's file, with `msa_train` beside `state_dict`: what the weights do not tell. Or it is ZeRO's
-folder, which has the same in other files (strategies.py). The invariant: nothing in it is executed, and no weight is
-loaded before all names and shapes are known to fit.
+A checkpoint is a folder (folders.py), the same whatever strategy saved it. The invariant: nothing in it is executed,
+and no weight is loaded before all names and shapes are known to fit.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from msa_train.backbone import fit_vocabulary, open_backbone, open_config, open_memory, weight_files
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
+from msa_train.folder_files import FolderReader, read_facts
+from msa_train.folders import FACTS, MANIFEST, checkpoints_of, is_whole, verify
 from msa_train.kernels.choice import Kernels
+from msa_train.lora import LoRA, adapt, merge
 from msa_train.model import MemorySparseModel
-from msa_train.strategies import FACTS, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the values of model.weights
 PREFIX = "model."  # the model's place in the module that was saved
@@ -30,77 +30,85 @@ BACKBONE_PREFIX = "backbone."  # the backbone's place in the model
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """A run's `last.ckpt`, the newest where there are several; None where there is none."""
-    return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    """A run's newest checkpoint that has all its files, at their sizes; None where there is none."""
+    return next((checkpoint for checkpoint in checkpoints_of(folder) if is_whole(checkpoint)), None)
+
+
+def find_checkpoint(
+    folder: Path, asked: str | None, tell: Callable[[str], None], needed: Collection[str] | None = None
+) -> Path | None:
+    """The checkpoint to go on from, all of whose files have their checksums.
+
+    Args:
+        folder: The run's.
+        asked: `last` for the newest that is sound, or a path; None for none.
+        tell: Takes what is wrong with newer ones.
+        needed: Files to look at; None for all.
+
+    Raises:
+        UserError: There is none, or the one that is asked for is damaged.
+    """
+    if asked is None:
+        return None
+    if asked != "last":
+        if not Path(asked).exists():
+            raise UserError(f"--ckpt_path: no such checkpoint '{asked}'")
+        check_sound(Path(asked), needed)
+        return Path(asked)
+    wrong: UserError | None = None
+    for checkpoint in checkpoints_of(folder):
+        try:
+            check_sound(checkpoint, needed)
+        except UserError as error:
+            wrong = wrong or error
+            tell(str(error))
+        else:
+            return checkpoint
+    raise wrong or UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
+
+
+def check_sound(checkpoint: Path, needed: Collection[str] | None = None) -> None:
+    """Reads a checkpoint's files and compares their checksums.
+
+    Raises:
+        UserError: It is none, or a file is missing or damaged; it is named.
+    """
+    if not (checkpoint / FACTS).is_file() and not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{checkpoint}: not a checkpoint of this project, which is a folder with {FACTS}")
+    for _ in verify(checkpoint, needed):
+        pass
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint, its tensors mapped from the file: `state_dict`, `msa_train` and `global_step`.
 
     Args:
-        path: A file, or a folder that ZeRO wrote.
+        path: The folder (folders.py).
 
     Raises:
         UserError: It cannot be read, or is not of this project.
     """
-    if path.is_dir():
-        return _read_folder(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().partition(chr(10))[0]})") from error
-    missing = {"state_dict", "msa_train"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this project (no {', '.join(sorted(missing))})")
-    return checkpoint
+    reader = FolderReader(path)
+    return {"state_dict": reader.weights(), "msa_train": reader.facts, "global_step": reader.facts["global_step"]}
 
 
-def _read_folder(path: Path) -> dict[str, Any]:
-    facts = _read_facts(path)
-    try:
-        weights = load_file(path / WEIGHTS)
-        weights |= {name: weights[same] for name, same in facts["tied"].items()}
-    except (SafetensorError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path / WEIGHTS}: not readable weights ({error})") from error
-    return {"state_dict": weights, "msa_train": facts, "global_step": facts["global_step"]}
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    needed = {"chunk_size", "skipped_steps", "global_step", "tied", "stage", "ranks"}
-    try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a checkpoint of this project (no readable {FACTS})") from error
-    missing = needed - set(facts if isinstance(facts, dict) else ())
-    if missing:
-        raise UserError(f"{path / FACTS}: not of this project (no {', '.join(sorted(missing))})")
-    return facts
-
-
-def check_resumable(path: Path, stage: int, ranks: int) -> None:
-    """Holds how a checkpoint was saved against how a run would go on from it: DeepSpeed's parts fit no other way.
+def check_resumable(path: Path, packs_per_step: int) -> None:
+    """Holds the packs of a step that a run was saved with against this run's: which pack comes next depends on them.
 
     Args:
         path: The checkpoint.
-        stage: ZeRO's stage; 0 for another strategy.
-        ranks: How many there are.
+        packs_per_step: Of all ranks.
 
     Raises:
         UserError: They differ.
     """
-    if path.is_dir():
-        facts = _read_facts(path)
-        saved = (facts["stage"], facts["ranks"])
-        if saved == (stage, ranks):
-            return
-        how = f"was saved by ZeRO stage {saved[0]} on {saved[1]} ranks"
-    elif not stage:
-        return
-    else:
-        how = "is no checkpoint of ZeRO"
-    here = f"ZeRO stage {stage} on {ranks} ranks" if stage else "without ZeRO"
-    raise UserError(f"{path} {how}, this run is {here}: resume it as it was, or start from its weights with "
-                    f"--model.init_from {path}")  # fmt: skip
+    saved = read_facts(path)["packs_per_step"]
+    if saved != packs_per_step:
+        raise UserError(
+            f"{path} was saved by a run of {saved} packs a step, this one takes {packs_per_step}: set "
+            "--trainer.accumulate_grad_batches so that ranks times accumulated packs are as many, or start from its "
+            f"weights with --model.init_from {path}"
+        )
 
 
 def check_architecture(model: MemorySparseModel, checkpoint: dict[str, Any], place: str) -> None:
@@ -135,10 +143,24 @@ def check_chunk_size(msa: MSAConfig, checkpoint: dict[str, Any], place: str) -> 
         raise UserError(f"{place}: trained with msa.chunk_size {trained}, this run has {msa.chunk_size}")
 
 
+def check_adapters(lora: LoRA | None, checkpoint: dict[str, Any], place: str) -> None:
+    """Holds a checkpoint's adapters, whose scale no weight shows, against a run's.
+
+    Raises:
+        UserError: They differ.
+    """
+    trained, ours = checkpoint["msa_train"].get("lora"), None if lora is None else lora.facts
+    if trained != ours:
+        raise UserError(
+            f"{place}: trained with model.lora {json.dumps(trained)}, this run has {json.dumps(ours)}: give the same, "
+            "or `msa-train export` it and start from that folder with --model.backbone"
+        )
+
+
 def restore(
     backbone_name: str, msa: MSAConfig, dtype: torch.dtype, path: Path, tokens: int, kernels: Kernels
 ) -> MemorySparseModel:
-    """The trained model of a checkpoint, on the CPU.
+    """The trained model of a checkpoint, on the CPU; adapters are merged into the backbone's weights.
 
     Args:
         backbone_name: Folder, hub name or config.json of the backbone; its shape alone is read.
@@ -152,27 +174,32 @@ def restore(
         UserError: It is no checkpoint, or of another architecture.
     """
     checkpoint = read_checkpoint(path)
+    lora = LoRA.of(checkpoint["msa_train"].get("lora"), str(path))
     with torch.random.fork_rng(devices=[]):
         backbone = AutoModelForCausalLM.from_config(open_config(backbone_name), dtype=dtype)
         fit_vocabulary(backbone, tokens)
+        adapt(backbone, lora)
         model = MemorySparseModel(backbone, msa, kernels)
     check_architecture(model, checkpoint, str(path))
     model.load_state_dict({name.removeprefix(PREFIX): weight for name, weight in checkpoint["state_dict"].items()})
+    if lora is not None:
+        merge(backbone)
     return model
 
 
-def restore_exported(name: str, msa: MSAConfig) -> MemorySparseModel:
+def restore_exported(name: str, msa: MSAConfig, backbone: str | None = None) -> MemorySparseModel:
     """The trained model of a folder that holds a backbone and its routers, on the CPU, in the precision of its weights.
 
     Args:
         name: Folder or hub name.
         msa: The memory's sizes.
+        backbone: Where the backbone is, if the folder is of routers alone and it is not where they say.
 
     Raises:
         UserError: Some of the weights are missing, of other sizes, or cannot be read.
     """
     with torch.random.fork_rng(devices=[]):
-        model = MemorySparseModel(open_backbone(name, None), msa)
+        model = MemorySparseModel(open_backbone(name, None, backbone), msa)
     load_routers(model, name)
     return model
 

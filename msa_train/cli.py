@@ -2,7 +2,7 @@
 
 Several --config files compose, later ones win, every key can be overridden on the command line, and --print_config
 shows the result. A run lives in `{runs}/{name}/`: config.yaml, tokenizer/, backbone/config.json, TensorBoard events,
-metrics.csv, last.ckpt.
+metrics.csv, step=N.ckpt.
 """
 
 from __future__ import annotations
@@ -14,28 +14,42 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSync, Precision
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
-from msa_train.checkpoints import check_resumable, newest_checkpoint
+from msa_train.checkpoints import check_resumable, find_checkpoint
 from msa_train.commands import COMMANDS, add_arguments, printable, run_command
+from msa_train.environment import record
 from msa_train.errors import UserError
+from msa_train.evaluation import Task
+from msa_train.folders import FACTS, WEIGHTS
+from msa_train.guard import Guard
 from msa_train.jobs import Trainer
 from msa_train.loggers import ContinuedCSVLogger
-from msa_train.module import MemorySparseModule
+from msa_train.module import MemorySparseModule, packs_per_step
 from msa_train.runs import BACKBONE, TOKENIZER, save_recall
-from msa_train.strategies import ZeRO, check_arguments, zero_arguments
+from msa_train.saving import Checkpoints
+from msa_train.strategies import FolderIO, ZeRO, check_arguments, zero_arguments
+from msa_train.trust import check_config, check_file, check_name, restrict_imports
 
 # the jobs around training, and the arguments of theirs that are no options
 JOBS = {
@@ -45,12 +59,36 @@ JOBS = {
     "mine": {"model", "datamodule", "checkpoint"},
 }
 PACKED_MEMORY = "datamodules.PackedMemory"  # by name: the library does not import it
+# what the classes of a config may be
+BASES = (
+    L.LightningDataModule, L.Callback, Strategy, Logger, Profiler, Accelerator, Precision, ClusterEnvironment,
+    CheckpointIO, LayerSync, Task,
+)  # fmt: skip
+DEBUG = "MSA_TRAIN_DEBUG"  # a variable, since the ranks of a run are processes of their own
+SEEDS = 2**32  # numpy has so many
+SECRET = re.compile(r"(.*[._])?(key|secret|password|(api|access|secret)_?key|(api|access|auth|hf)_?token)")
+JUDGES_KEY = (
+    "keys stand in no config and on no command line: put the judge's into the environment variable OPENAI_API_KEY "
+    "(judge.key_variable may name another)"
+)
 
 # jsonargparse explains a value that fits no type of a union by all the types that it is not
 NOISE = (
     "Subtypes:", "Errors:", "Given value", "Does not validate", "Expected a path", "Expected a <class 'NoneType'>",
     "Subclass types expect", "a class path", "a dict w", "Not a valid subclass",
 )  # fmt: skip
+
+
+class ConfigFile(ActionConfigFile):
+    """Reads a config; what is wrong with the file itself is told with its name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Looks at the file before jsonargparse does."""
+        if not values.strip():
+            raise UserError("--config: the name is empty: give a YAML file")
+        if os.path.isfile(values):
+            check_file(values)
+        super().__call__(parser, cfg, values, option_string)
 
 
 class Parser(LightningArgumentParser):
@@ -60,6 +98,12 @@ class Parser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_step must not quietly mean max_steps
         super().__init__(*args, **kwargs)
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's --config becomes one that names its file."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = ConfigFile
+        return super().add_argument(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the mistake as one line, where argparse would print a page and exit."""
         raise UserError(self._short(str(ex) if ex is not None else message))
@@ -68,9 +112,20 @@ class Parser(LightningArgumentParser):
         lines = [line.strip(" -") for line in message.splitlines()]
         told = [line for line in lines if line and not line.startswith(NOISE)]
         text = " ".join(dict.fromkeys(told[:4])) or "invalid arguments"
+        denied = re.search(r"Importing '([\w.]+)' is not allowed", text)
+        if denied:
+            place = re.match(r'Parser key "[\w.]+"', text)
+            return f"{place[0] if place else 'config'}: '{denied[1]}' may not be named: give a class of its kind"
         unknown = re.search(r"(?:option '|arguments: --|Option '|Key ')([\w.]+)", text)
-        if unknown and "did you mean" not in text and (near := self._nearest(unknown[1])):
-            text += f"; did you mean {near}?"
+        if unknown and SECRET.fullmatch(unknown[1]):  # what was given for it is not repeated
+            return f"'{unknown[1]}' is unknown, and {JUDGES_KEY}"
+        if re.search(r'key "([\w.]+\.)?judge"', text):
+            return f"judge: give its model and base_url; {JUDGES_KEY}"
+        if unknown and "did you mean" not in text:
+            command = re.search(r"Subcommand '(\w+)'", text)
+            parser = self._subcommands_action.choices[command[1]] if command and self._subcommands_action else self
+            near = parser._nearest(unknown[1])
+            text += f"; did you mean {near}?" if near else ""
         return text
 
     def _nearest(self, key: str) -> str | None:
@@ -93,10 +148,8 @@ class MemoryCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
         parser.add_argument("--runs", type=str, default="checkpoints", help="Folder of all runs.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Delete an existing run of that name first.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 100}
-        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.link_arguments(("runs", "name"), "checkpoint.dirpath", compute_fn=os.path.join)
         parser.link_arguments(("runs", "name"), "trainer.default_root_dir", compute_fn=os.path.join)
         parser.link_arguments("model.msa.chunk_size", "data.init_args.chunk_size")
@@ -110,7 +163,21 @@ class MemoryCLI(LightningCLI):
             **JOBS,
         }
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and looks at all that was given before anything is made of it."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand in COMMANDS:
+            raise UserError(f"'{self.config.subcommand}' takes no --config: give the command first, then its options")
+        check_name(config.name)
+        check_config(config, BASES)
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < SEEDS:
+            raise UserError(f"seed_everything is {seed}: give a number from 0 below 2^32")
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        words = f"Before the command: show where an error comes from, not its one line alone. As {DEBUG}=1."
+        parser.add_argument("--debug", action="store_true", help=words)
         super()._add_subcommands(parser, **kwargs)
         assert parser._subcommands_action is not None
         for name in COMMANDS:  # that the help may list them; `build` runs them without all of this
@@ -134,13 +201,15 @@ class MemoryCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes what the subcommand needs: the jobs have no trainer, so none of its devices need be there."""
         if self.subcommand not in JOBS:
-            super().instantiate_classes()
+            with _constructing():
+                super().instantiate_classes()
             return
         trainer = self.config[self.subcommand].get("trainer")
         strategy = trainer.strategy if trainer is not None else "auto"
         if trainer is not None:  # nor need the strategy's packages: the doctor tells what is missing
             trainer.strategy = "auto"
-        self.config_init = self.parser.instantiate_classes(self.config)
+        with _constructing():
+            self.config_init = self.parser.instantiate_classes(self.config)
         if trainer is not None:
             trainer.strategy = strategy
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
@@ -159,7 +228,7 @@ class MemoryCLI(LightningCLI):
         if subcommand == "estimate":
             Trainer.estimate(self.model, config, config.card, config.card_gib)
             return
-        checkpoint = _find_checkpoint(folder, config.ckpt_path)
+        checkpoint = find_checkpoint(folder, config.ckpt_path, _tell, (WEIGHTS, FACTS))
         if checkpoint is None:
             raise UserError("mine needs --ckpt_path: `last` for the run's own, or a checkpoint's path")
         self.datamodule.setup("mine")
@@ -175,7 +244,8 @@ class MemoryCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self._starts_anew() and _first_rank():
             _check_vacant(folder, config.overwrite)
-        return _find_checkpoint(folder, config.get("ckpt_path"))
+        needed = None if self.subcommand in ("fit", "doctor") else (WEIGHTS, FACTS)
+        return find_checkpoint(folder, config.get("ckpt_path"), _tell, needed)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the command line wins over what a checkpoint remembers, for files and folders alike; and a strange
@@ -194,6 +264,8 @@ class MemoryCLI(LightningCLI):
                 f"trainer.max_epochs is {trainer.max_epochs}: a run is as long as its phases; "
                 "change their steps, or give --trainer.max_steps"
             )
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: give at least 1")
         trainer.max_epochs = -1  # Lightning counts steps alone; epochs of the data follow one another inside
         if trainer.max_steps == -1:
             trainer.max_steps = sum(phase.steps for phase in self.config[self.subcommand].model.phases)
@@ -210,7 +282,13 @@ class MemoryCLI(LightningCLI):
         callbacks = list(config.callbacks or [])
         if config.enable_progress_bar is not False and not any(isinstance(item, ProgressBar) for item in callbacks):
             kwargs["callbacks"] = [*callbacks, _Progress()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if not isinstance(trainer.strategy, ZeRO):
+            trainer.strategy.checkpoint_io = FolderIO()
+        trainer.callbacks.sort(  # type: ignore[attr-defined]
+            key=lambda one: not isinstance(one, Guard)
+        )  # it watches steps, not what others do there
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Checks all that can be known, then makes room for the run, then runs."""
@@ -231,17 +309,18 @@ class MemoryCLI(LightningCLI):
             print(f"msa-train: {folder}: {self.datamodule.describe()}")
         if self._starts_anew() and _first_rank() and folder.is_dir():
             shutil.rmtree(folder)
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            raise UserError(self.model.out_of_memory()) from error
 
     def _open(self, checkpoint: Path, subcommand: str) -> None:
-        """Has Lightning resume a run, but not open the weights of ZeRO's folders, which any strategy may evaluate."""
-        strategy = self.trainer.strategy
-        stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+        """Has Lightning resume a run; weights to be evaluated the model opens by itself, under any strategy."""
         given = self.config_init[subcommand]
         if subcommand == "fit":
-            check_resumable(checkpoint, stage, self.trainer.world_size)
+            check_resumable(checkpoint, packs_per_step(self.trainer, self.datamodule))
             given.ckpt_path = str(checkpoint)
-        elif stage or checkpoint.is_dir():
+        else:
             self.model.open_for_evaluation(checkpoint)
             given.ckpt_path = None
 
@@ -276,6 +355,16 @@ class SaveConfig(SaveConfigCallback):
                 tokenizer.save_pretrained(folder / TOKENIZER)
             pl_module.net.backbone.config.save_pretrained(folder / BACKBONE)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Records what this start runs with."""
+        if trainer.loggers and trainer.is_global_zero:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            record(
+                Path(trainer.default_root_dir), step=trainer.global_step, ranks=trainer.world_size,
+                strategy=type(trainer.strategy).__name__, precision=str(trainer.precision),
+                data=data.fingerprint() if hasattr(data, "fingerprint") else None,
+            )  # fmt: skip
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves how well each routed layer retrieves, by which asking weighs them. A file of its own, since Lightning
         saves a checkpoint before it validates at the same step."""
@@ -293,6 +382,7 @@ def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI | No
     The memory's commands need no trainer; they are run as they are, and None comes back.
     """
     cli_class = MemoryCLI if run else _Instantiate
+    restrict_imports()
     given = sys.argv[1:] if args is None else list(args)
     try:
         if given and given[0] in COMMANDS and run:
@@ -328,10 +418,15 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     sys.path.insert(0, os.getcwd())  # configs may name classes of the folder that one works in
     _quieten()
+    if sys.argv[1:2] == ["--debug"]:
+        sys.argv.pop(1)
+        os.environ[DEBUG] = "1"
     try:
         build()
     except (UserError, MisconfigurationException) as error:
         # Lightning's own word for a mistake in the trainer's arguments
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exception(error)
         print(f"msa-train: error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -355,7 +450,26 @@ def _first_rank() -> bool:
     return (getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
+@contextmanager
+def _constructing() -> Iterator[None]:
+    """Tells what a class of the config says about its arguments, which jsonargparse wraps, or Lightning about its."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        root: BaseException = error
+        while root.__cause__ is not None and not isinstance(root, UserError):
+            root = root.__cause__
+        if isinstance(root, UserError):
+            raise root from None
+        raise UserError(f"config: a class refuses its arguments ({root}); `msa-train --debug` says which") from error
+
+
 def _check_vacant(folder: Path, overwrite: bool) -> None:
+    standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not standing.is_dir():
+        raise UserError(f"{folder} cannot be made: {standing} is a file; give another --runs or --name")
+    if not os.access(standing, os.W_OK):
+        raise UserError(f"{folder} cannot be written: {standing} is read-only; give another --runs")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -367,17 +481,9 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is no run of msa-train (no config.yaml), so --overwrite leaves it alone")
 
 
-def _find_checkpoint(folder: Path, asked: str | None) -> Path | None:
-    if asked == "last":
-        found = newest_checkpoint(folder)
-        if found is None:
-            raise UserError(f"--ckpt_path last: {folder} has no checkpoint yet; leave --ckpt_path out to start")
-        return found
-    if asked is None:
-        return None
-    if not Path(asked).exists():
-        raise UserError(f"--ckpt_path: no such checkpoint '{asked}'")
-    return Path(asked)
+def _tell(text: str) -> None:
+    if _first_rank():
+        print(f"msa-train: {text}", file=sys.stderr)
 
 
 def _quieten() -> None:

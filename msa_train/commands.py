@@ -1,5 +1,5 @@
-"""The commands that need a run's folder and no config: encode a corpus, ask it, look after a bank, compare and export
-runs.
+"""The commands that need a run's folder and no config: encode a corpus, ask it, look after a bank or checkpoints,
+compare and export runs.
 
 What the model is, and how it reads text, stands in the folder. What a document or an answer says goes to the terminal
 as text alone: control characters in it are shown, not obeyed.
@@ -24,14 +24,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from msa_train.bench import MEASURES, Bench, Load
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
-from msa_train.export import DType, export_run
+from msa_train.export import DType, Part, export_run
+from msa_train.folder_files import read_facts
+from msa_train.folders import FACTS, check_sizes, checkpoints_of, discard, leftovers, step_of
+from msa_train.folders import verify as verify_folder
 from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written, check_question
 from msa_train.kernels.maxsim import Precision
 from msa_train.memory import BankFolder, Encoder, MemoryBank, Passage, Size, Tiers
 from msa_train.memory.room import check_room, gib
 from msa_train.memory.segment import source_of
 from msa_train.runs import Run, open_run
+from msa_train.saving import Mode, best_steps, read_scores, superfluous
 from msa_train.search import LOW
+from msa_train.trust import check_config
 
 # by name: the library does not import them
 PASSAGES = "datamodules.passages:open_passages"
@@ -48,6 +53,7 @@ def encode(
     estimate: bool = False,
     batch_tokens: int | None = None,
     device: Device = "auto",
+    backbone: str | None = None,
 ) -> None:
     """Encode a corpus into a memory bank, once; an encoding that is broken off goes on.
 
@@ -60,13 +66,14 @@ def encode(
         batch_tokens: Tokens encoded at a time; by default 65,536, and on a CPU each document alone, which makes a
             changed bank bitwise the one that is encoded anew.
         device: Where to encode.
+        backbone: Where the backbone is, if the model is routers alone and it is not where they say.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise UserError(f"--batch_tokens is {batch_tokens}: give at least 1")
     folder = BankFolder(out)
     if folder.exists() and not estimate:
         raise UserError(f"{out} holds a bank already: `msa-train bank {out} --add {corpus}` adds to it")
-    run = open_run(model)
+    run = open_run(model, backbone)
     encoder = Encoder(run.model.to(_device(device)), run.protocol, keys, batch_tokens)
     with _counting("Counting") as count:
         size = encoder.size(count(_passages(corpus, run)))
@@ -80,7 +87,14 @@ def encode(
     _say(f"bank        {out}")
 
 
-def ask(model: str, bank: str, question: str | None, config: AskConfig, device: Device = "auto") -> None:
+def ask(
+    model: str,
+    bank: str,
+    question: str | None,
+    config: AskConfig,
+    device: Device = "auto",
+    backbone: str | None = None,
+) -> None:
     """Ask a memory bank: the answer as it is written, then the documents that it comes from.
 
     Args:
@@ -89,10 +103,11 @@ def ask(model: str, bank: str, question: str | None, config: AskConfig, device: 
         question: What to ask; without one, questions are read from the terminal until an empty line.
         config: How to answer.
         device: Where to answer.
+        backbone: Where the backbone is, if the model is routers alone and it is not where they say.
     """
     if question is not None:
         check_question(question)  # before anything is opened
-    run, place, opened = open_run(model), _device(device), BankFolder(bank).open()
+    run, place, opened = open_run(model, backbone), _device(device), BankFolder(bank).open()
     Encoder(run.model, run.protocol).check(opened)
     opened = opened.to(place, Tiers(values="disk"))
     # a few questions are not worth compiling for
@@ -119,6 +134,7 @@ def bank(
     verify: bool = False,
     model: str | None = None,
     device: Device = "auto",
+    backbone: str | None = None,
 ) -> None:
     """Look into a memory bank, change it, or verify its files. Without an option: what is in it.
 
@@ -130,12 +146,13 @@ def bank(
         verify: Read all files and compare their checksums.
         model: The run that encoded the bank, if it is no longer where it was.
         device: Where to encode.
+        backbone: Where the backbone is, if the model is routers alone and it is not where they say.
     """
     folder = BankFolder(bank)
     if add is not None:
         folder.manifest()
         with folder.writing():
-            _add(folder, add, model, device)
+            _add(folder, add, model, device, backbone)
     if remove:
         folder.manifest()
         with folder.writing():
@@ -153,6 +170,50 @@ def bank(
     _print_bank(folder)
 
 
+def checkpoint(
+    action: Literal["list", "verify", "prune"],
+    run: str,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    keep_best: int = 1,
+    mode: Mode = "max",
+    dry_run: bool = False,
+) -> None:
+    """List a run's checkpoints, verify their files, or prune them.
+
+    Args:
+        action: `list`: steps, sizes, who saved them. `verify`: read all files and compare their checksums; exit code 2
+            where one is damaged. `prune`: delete all but a few, and what savings that were broken off left behind.
+        run: Folder of a run; to verify, a checkpoint as well.
+        keep_last: How many of the newest whole ones pruning leaves.
+        keep_every: Pruning leaves those of every so many steps; 0 for none.
+        keep_best: How many of the best pruning leaves, where the run monitors a value.
+        mode: Whether that value's largest or smallest is the best.
+        dry_run: Say what pruning would delete, and delete nothing.
+    """
+    folder = Path(run)
+    if keep_last < 1 or keep_every < 0 or keep_best < 0:
+        raise UserError(
+            f"--keep_last {keep_last} must be at least 1, --keep_every {keep_every} and --keep_best {keep_best} 0"
+        )
+    single = action == "verify" and (folder / FACTS).is_file()
+    found = [folder] if single else checkpoints_of(folder)
+    if not found:
+        raise UserError(f"{run}: no checkpoint (step=N.ckpt) here; give the folder of a run that has saved one")
+    if action == "list":
+        scores = read_scores(folder)
+        for one in reversed(found):
+            _say(_checkpoint_line(one, scores.get(step_of(one) or 0)))
+    elif action == "verify":
+        _verify(found)
+    else:
+        best = best_steps(folder, keep_best, mode)
+        for one in (*superfluous(folder, keep_last, keep_every, best), *leftovers(folder)):
+            _say(f"{'would go' if dry_run else 'deleted '}    {one.name}, {gib(_bytes(one))}")
+            if not dry_run:
+                discard(one)
+
+
 def report(runs: list[str], out: str = "comparison") -> None:
     """Compare the evaluations of runs, in one table and one figure.
 
@@ -163,15 +224,19 @@ def report(runs: list[str], out: str = "comparison") -> None:
     pkgutil.resolve_name(COMPARISON)([Path(run) for run in runs], Path(out))
 
 
-def export(run: str, out: str, dtype: DType | None = None) -> None:
+def export(
+    run: str, out: str, dtype: DType | None = None, only: Part | None = None, backbone: str | None = None
+) -> None:
     """Export a run as a Hugging Face folder: a plain decoder to transformers, a run or the start of one here.
 
     Args:
         run: Folder of a trained run, or a checkpoint in one.
         out: Folder to write; it must not exist, or be empty.
         dtype: Precision of the weights; that of the run by default.
+        only: `routers` for these alone, of a run that trained nothing else: small, and opened with their backbone.
+        backbone: Where that backbone is, if not where it was in training; the folder then names it so.
     """
-    folder = export_run(run, out, dtype)
+    folder = export_run(run, out, dtype, only, backbone)
     files = [file for file in folder.iterdir() if file.is_file()]
     _say(f"exported    {out}, {len(files)} files, {gib(sum(file.stat().st_size for file in files))}")
     _say(f"to open it  {Path(out) / 'README.md'}")
@@ -199,6 +264,8 @@ def bench(
     """
     if tokens < 1 or (gib is not None and gib <= 0):
         raise UserError(f"bench: --tokens {tokens} and --gib {gib} must be above 0")
+    if not Path(out).name or Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        raise UserError(f"bench: --out '{out}': give a JSON file in a folder that is there")
     bench = Bench(backbone, msa, gib)
     result: dict[str, Any] = {"backbone": Path(backbone).name, "environment": bench.environment()}
     _say("; ".join(f"{name} {value}" for name, value in result["environment"].items()))
@@ -209,14 +276,48 @@ def bench(
     _say(f"numbers     {out}")
 
 
-def _add(folder: BankFolder, corpus: str, model: str | None, device: Device) -> None:
+def _checkpoint_line(folder: Path, score: float | None) -> str:
+    try:
+        check_sizes(folder)
+        facts = read_facts(folder)
+    except UserError as error:
+        return printable(f"{folder.name:<18} NOT WHOLE   {error}")
+    by = f"{facts.get('strategy', '?')} on {facts.get('ranks', '?')} ranks, {facts['packs_per_step']} packs a step"
+    told = "" if score is None else f", score {score:.4f}"
+    return printable(f"{folder.name:<18} {gib(_bytes(folder)):>10}   {by}{told}")
+
+
+def _verify(folders: list[Path]) -> None:
+    total = sum(_bytes(folder) for folder in folders)
+    damaged = []
+    with _bar("Verifying", total) as advance:
+        for folder in folders:
+            try:
+                for _, size in verify_folder(folder):
+                    advance(size)
+            except UserError as error:
+                damaged.append(str(error))
+    if damaged:
+        for text in damaged:
+            _say(printable(text))
+        raise UserError(
+            f"{len(damaged)} of {len(folders)} checkpoints are damaged; `--ckpt_path last` passes over them"
+        )
+    _say(f"whole: {len(folders)} checkpoints, {gib(total)} read, every checksum as written")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _add(folder: BankFolder, corpus: str, model: str | None, device: Device, backbone: str | None) -> None:
     manifest = folder.manifest()
     where = model or manifest.get("run")
     if not where:
         raise UserError(f"{folder.path}: its manifest names no run; give it: --model RUN")
     if model is None and not Path(where).is_dir():
         raise UserError(f"{folder.path}: the run that encoded it is no longer at '{where}'; give it: --model RUN")
-    run, opened = open_run(where), folder.open()
+    run, opened = open_run(where, backbone), folder.open()
     encoder = Encoder(run.model.to(_device(device)), run.protocol, opened.shape.precision)
     encoder.check(opened)
     new: list[Passage] = []
@@ -291,6 +392,8 @@ def _questions() -> Iterator[str]:
             line = input("\n? " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"a question is not UTF-8 text (byte {error.start}): write it as UTF-8") from error
         if not line.strip():
             return
         yield line
@@ -367,6 +470,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "bench": bench,
+    "checkpoint": checkpoint,
 }
 
 
@@ -393,6 +497,13 @@ def add_arguments(parser: Any, name: str) -> None:
         by_hand = {"runs": {"nargs": "+", "metavar": "RUN", "help": words}}
     elif name == "export":
         by_hand = {"run": {"type": str, "metavar": "RUN", "help": "Folder of a trained run, or a checkpoint in one."}}
+    elif name == "checkpoint":
+        words = "list: steps, sizes, who saved them. verify: compare checksums. prune: delete all but a few."
+        by_hand = {
+            "action": {"choices": ["list", "verify", "prune"], "help": words},
+            "run": {"type": str, "metavar": "RUN", "help": "Folder of a run; to verify, a checkpoint as well."},
+            "--dry_run": {"action": "store_true", "help": "Say what pruning would delete, and delete nothing."},
+        }
     for argument, options in by_hand.items():
         parser.add_argument(argument, **options)
     if name == "bench":
@@ -403,6 +514,7 @@ def add_arguments(parser: Any, name: str) -> None:
 
 def run_command(name: str, config: Any) -> None:
     """Runs a command with its parsed arguments."""
+    check_config(config, ())
     given = dict(config.as_dict())
     if name == "ask":
         given["config"] = AskConfig(**{field.name: given.pop(field.name) for field in fields(AskConfig)})

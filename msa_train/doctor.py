@@ -49,9 +49,9 @@ def examine(
     longest = 0 if tokens is None else data.longest()
     findings += attempt("model", "backbone", lambda: list(_model(model, tokens, longest)))
     findings += found
-    zero = zero_arguments(trainer.strategy)
-    stage = 0 if zero is None else zero.get("stage", 2)
-    findings += attempt("run", "start", lambda: list(_start(model, tokens, start(), stage, ranks)))
+    findings += attempt(
+        "run", "start", lambda: list(_start(model, tokens, start(), data.packs_at_once(ranks) * accumulated))
+    )
     findings += _schedule(model, trainer, config.checkpoint.every_n_train_steps)
     findings += _strategy(model, trainer, ranks)
     for callback in callbacks:
@@ -93,11 +93,12 @@ def _model(model: MemorySparseModule, tokens: int | None, longest: int) -> Itera
     config = net.backbone.config
     routers = sum(weight.numel() for _, weight in net.router_parameters())
     backbone = sum(weight.numel() for _, weight in net.backbone_parameters())
+    freed = sum(weight.numel() for _, weight in net.backbone_parameters() if weight.requires_grad)  # adapters, if any
     layers = net.routed_layers
     yield Finding("model", "backbone", f"{model.backbone_name}: {config.model_type}, {backbone / 1e6:,.1f}M weights")
     yield Finding("model", "routers", f"layers {layers[0]}..{layers[-1]}, {routers / 1e6:,.1f}M weights")
     for phase in model.timeline.phases:
-        trained = routers + (backbone if phase.trainable == "all" else 0)
+        trained = routers + (freed if phase.trainable == "all" else 0)
         yield Finding(
             "model", f"phase '{phase.name}'",
             f"{phase.steps:,} steps train {trained / 1e6:,.1f}M weights ({phase.trainable}); "
@@ -124,11 +125,11 @@ def _model(model: MemorySparseModule, tokens: int | None, longest: int) -> Itera
 
 
 def _start(
-    model: MemorySparseModule, tokens: int | None, checkpoint: Path | None, stage: int, ranks: int
+    model: MemorySparseModule, tokens: int | None, checkpoint: Path | None, packs_per_step: int
 ) -> Iterator[Finding]:
     model.preflight(tokens, checkpoint)
     if checkpoint is not None:
-        check_resumable(checkpoint, stage, ranks)
+        check_resumable(checkpoint, packs_per_step)
         yield Finding("run", "start", f"goes on from {checkpoint}: names and shapes fit")
     elif model.init_from is not None:
         yield Finding("run", "start", f"step 0, with the weights of {model.init_from}: names and shapes fit")

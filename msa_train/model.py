@@ -130,6 +130,8 @@ class MemorySparseModel(nn.Module):
         self.config = config
         self.recompute: Recompute = recompute
         self.kept_layers = kept_layers
+        # nothing in a layer draws random numbers but the dropout of adapters
+        self._draws = any(isinstance(part, nn.Dropout) and part.p > 0 for part in backbone.modules())
         self.routed_layers = config.layers_of(len(self._decoder.layers))
         for number in self.routed_layers:
             _attach_routers(self._decoder.layers[number].self_attn, config)
@@ -213,8 +215,7 @@ class MemorySparseModel(nn.Module):
                 return self._feed(number, doc_hidden, doc_added), hidden
 
             if number < self._recomputed_layers():
-                # nothing in a layer draws random numbers
-                again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
                 doc_added, added, reading = again(attend, doc_hidden, hidden)
                 doc_hidden, hidden = again(feed, doc_hidden, doc_added, hidden, added)
             else:
@@ -236,7 +237,7 @@ class MemorySparseModel(nn.Module):
         """The memory of every routed layer, whose gradient goes through the documents part by part: nothing of a part
         but its tokens is kept until then."""
         parts = [
-            checkpoint(self.encode, part, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self.encode, part, use_reentrant=False, preserve_rng_state=self._draws)
             for part in documents.parts(PART_TOKENS, self.config.chunk_size)
         ]
         layers = DocumentMemory.joined([part.layers for part in parts])

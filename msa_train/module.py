@@ -18,14 +18,16 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
-from msa_train.backbone import fit_vocabulary, open_backbone, open_config
+from msa_train.backbone import check_home, fit_vocabulary, open_backbone, open_config, open_home
 from msa_train.checkpoints import (
     DTYPES,
     PREFIX,
+    check_adapters,
     check_architecture,
     check_chunk_size,
     load_routers,
@@ -35,9 +37,11 @@ from msa_train.checkpoints import (
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.kernels.choice import Kernels
+from msa_train.lora import ADAPTER, LoRA, adapt
 from msa_train.losses import RoutingLoss, global_mean, routing_loss
 from msa_train.metrics import LossMeans, RoutingMetrics
 from msa_train.model import MemorySparseModel, Output, Recompute, check_supported
+from msa_train.optimizer_state import plain_state_dict
 from msa_train.pack import MemoryPack
 from msa_train.phases import Group, Phase, Timeline
 from msa_train.protocol import RoutingWords
@@ -62,12 +66,14 @@ class MemorySparseModule(L.LightningModule):
         temperature: Of the routing loss.
         weight_decay: On matrices; norms, biases and embeddings have none.
         betas: AdamW's.
-        init_from: Checkpoint whose weights to start from. Unlike --ckpt_path, steps and optimiser start anew.
+        init_from: Checkpoint whose weights to start from, or a folder of routers alone, which are then those to start
+            from. Unlike --ckpt_path, steps and optimiser start anew.
         kernels: Which implementations to run, where there are several.
         recompute: What is computed again in the backward pass to save memory: `layers` what happens within each layer,
             `documents` all of the documents, 8,192 tokens at a time, for packs longer than memory holds.
         kept_layers: With `layers`, how many of the last ones keep what they computed: faster, as far as memory goes.
         weights: Precision of the weights.
+        lora: Adapters to train in the place of the backbone's own weights (needs peft); none by default.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class MemorySparseModule(L.LightningModule):
         recompute: Recompute = "none",
         kept_layers: int = 0,
         weights: Literal["float32", "bfloat16"] = "float32",
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -100,10 +107,14 @@ class MemorySparseModule(L.LightningModule):
         self.kernels, self.kept_layers = kernels, kept_layers
         self.recompute: Recompute = recompute
         self.dtype_name = weights
+        self.lora = lora
         self.model: MemorySparseModel | None = None
         self.watches_collapse = True  # until a callback does, that knows the layers apart
         self._collapse_told = False
         self._skipped = torch.zeros((), dtype=torch.float32)
+        self._broken: list[tuple[int, Tensor]] = []  # steps since the last look, and whether they were skipped
+        self._seed: int | None = None
+        self._pack = ""
         self._resuming = False
         self._evaluated: str | None = None
         self._loaded_step = 0
@@ -127,6 +138,7 @@ class MemorySparseModule(L.LightningModule):
             config.vocab_size = max(config.vocab_size, tokens)
         with torch.device("meta"):
             backbone = AutoModelForCausalLM.from_config(config)
+            adapt(backbone, self.lora)
             return MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
 
     def preflight(self, tokens: int | None, checkpoint: Path | None) -> None:
@@ -143,9 +155,14 @@ class MemorySparseModule(L.LightningModule):
         if self.init_from is not None and not self._resuming and not Path(self.init_from).exists():
             raise UserError(f"model.init_from: no such checkpoint '{self.init_from}'")
         model = self.blank(tokens)
+        check_home(self.backbone_name)
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
-        if source is not None:
+        if source is not None and not self._resuming and _routers_alone(source):
+            check_home(str(source), self.backbone_name)
+            load_routers(model, str(source))  # onto no device: names and shapes alone
+        elif source is not None:
             saved = read_checkpoint(source)
+            check_adapters(self.lora, saved, str(source))
             check_architecture(model, saved, str(source))
             if self._resuming:
                 check_chunk_size(self.msa, saved, str(source))
@@ -179,10 +196,14 @@ class MemorySparseModule(L.LightningModule):
             self._loaded_step = read_checkpoint(Path(self._evaluated))["global_step"]
 
     def _started(self, checkpoint: str | None) -> MemorySparseModel:
-        """The model before training, or with a checkpoint's weights."""
+        """The model before training, or with a checkpoint's weights, or with routers alone."""
+        if checkpoint is not None and _routers_alone(Path(checkpoint)):
+            rank_zero_info(f"msa-train: model.init_from: routers alone; the backbone is {self.backbone_name}")
+            return self._drawn(checkpoint, self.backbone_name)
         model = self.untrained()
         if checkpoint is not None:
             saved = read_checkpoint(Path(checkpoint))
+            check_adapters(self.lora, saved, checkpoint)
             check_architecture(model, saved, checkpoint)
             model.load_state_dict({name.removeprefix(PREFIX): weight for name, weight in saved["state_dict"].items()})
         return model
@@ -190,14 +211,18 @@ class MemorySparseModule(L.LightningModule):
     def untrained(self) -> MemorySparseModel:
         """The model as it is before all training: the backbone's own weights; its own routers too where its folder has
         any, and else routers as they are drawn."""
+        return self._drawn(self.backbone_name)
+
+    def _drawn(self, name: str, elsewhere: str | None = None) -> MemorySparseModel:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())  # alike on all ranks, whatever was drawn since seed_everything
-            backbone = open_backbone(self.backbone_name, DTYPES[self.dtype_name])
+            torch.manual_seed(self.seed)  # alike on all ranks, whatever was drawn since seed_everything
+            backbone = open_backbone(name, DTYPES[self.dtype_name], elsewhere)
             tokenizer = self._tokenizer()
             if tokenizer is not None:
                 fit_vocabulary(backbone, len(tokenizer))
+            adapt(backbone, self.lora)
             model = MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
-        load_routers(model, self.backbone_name)
+        load_routers(model, name)
         return model
 
     def check_strategy(self, strategy: Any, fitting: bool) -> None:
@@ -279,22 +304,34 @@ class MemorySparseModule(L.LightningModule):
         """Lightning never calls train(), and from_pretrained leaves eval mode on (Lightning issue 20105)."""
         self.train()
 
+    @property
+    def seed(self) -> int:
+        """The run's."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        return self._seed
+
     def on_train_batch_start(self, batch: MemoryPack, batch_idx: int) -> None:
-        """Freezes or frees the backbone as the phase says."""
+        """Freezes or frees the backbone as the phase says. What a step draws follows from seed, place and rank, as its
+        packs do, so a resumed run draws the same."""
+        torch.manual_seed(self.seed + 1 + batch_idx * self.trainer.world_size + self.trainer.global_rank)
         _, phase, _ = self.timeline.at(self.global_step)
         wanted = phase.trainable == "all"
-        if next(weight for _, weight in self.net.backbone_parameters()).requires_grad != wanted:
-            for _, weight in self.net.backbone_parameters():
+        weights = [w for name, w in self.net.backbone_parameters() if self.lora is None or ADAPTER in name]
+        if weights[0].requires_grad != wanted:
+            for weight in weights:
                 weight.requires_grad_(wanted)
 
     def training_step(self, pack: MemoryPack, batch_idx: int) -> Tensor:
         """The weighted sum of both losses of one pack, as its share of the global batch."""
         _, phase, _ = self.timeline.at(self.global_step)
+        self._pack = pack.describe()
         output, lm_sum, routing_sum = self._losses(pack, phase)
         world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         lm = global_mean(lm_sum, pack.step_labels, world, accumulated)
         routing = global_mean(routing_sum, pack.step_queries, world, accumulated)
         total = phase.lm_weight * lm + phase.routing_weight * routing
+        total = total * torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)  # nor is any rank's gradient then
         self.training_loss.update(lm_sum.detach(), len(pack.contexts.label_target_N), routing_sum.detach(), pack.asked)
         self.training_routing.update(output.doc_score_LQD.detach(), output.selected_LQK, pack.positive_QD)
         return total
@@ -308,6 +345,7 @@ class MemorySparseModule(L.LightningModule):
         broken = (~torch.isfinite(norm)).float()
         optimizer.found_inf = broken  # type: ignore[attr-defined]
         self._skipped = self._skipped + broken
+        self._broken.append((self.global_step, broken))
         self.log("train/grad_norm", norm, batch_size=1)
         self.log("train/skipped_steps", self._skipped, batch_size=1)
 
@@ -331,6 +369,33 @@ class MemorySparseModule(L.LightningModule):
                 self.log("train/skipped_steps", float(strategy.skipped_steps), batch_size=1)
             if self.global_step >= SETTLED:
                 self._watch_collapse(float(values["diversity"]), float(values["hubness"]), "training packs")
+
+    def take_skipped(self) -> list[int]:
+        """The steps that were skipped since this was last asked; waits for the device."""
+        broken, self._broken = self._broken, []
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeRO):
+            return strategy.take_skipped()
+        flags = torch.stack([flag for _, flag in broken]).tolist() if broken else []
+        return [step for (step, _), flag in zip(broken, flags, strict=True) if flag]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run without a finite gradient; waits for the device."""
+        strategy = self.trainer.strategy
+        return strategy.skipped_steps if isinstance(strategy, ZeRO) else int(self._skipped)
+
+    def out_of_memory(self) -> str:
+        """What was being done when memory ran out, and what takes less."""
+        less = {
+            "none": "set model.recompute layers, ",
+            "layers": "lower model.kept_layers, set model.recompute documents, ",
+        }
+        return (
+            f"out of memory at step {self.steps_done()}, in {self._pack or 'no pack'}: "
+            f"{less.get(self.recompute, '')}lower data.document_tokens or data.queries_per_pack, or share more out "
+            "over GPUs (docs/scaling.md); `msa-train estimate` says what fits"
+        )
 
     def logs_after(self, batch_idx: int) -> bool:
         """Whether a pack ended an optimiser step at the logging interval."""
@@ -400,13 +465,24 @@ class MemorySparseModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the weights do not tell, and the counter."""
         strategy = self.trainer.strategy
-        skipped = strategy.skipped_steps if isinstance(strategy, ZeRO) else float(self._skipped)
-        checkpoint["msa_train"] = {"chunk_size": self.msa.chunk_size, "skipped_steps": float(skipped)}
+        checkpoint["msa_train"] = {
+            "chunk_size": self.msa.chunk_size,
+            "skipped_steps": float(self.skipped_steps),
+            "packs_per_step": packs_per_step(self.trainer, getattr(self.trainer, "datamodule", None)),
+            "strategy": f"ZeRO stage {strategy.stage}" if isinstance(strategy, ZeRO) else type(strategy).__name__,
+            "ranks": self.trainer.world_size,
+            "lora": None if self.lora is None else self.lora.facts,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts on from where the run was."""
         self._skipped = torch.tensor(checkpoint["msa_train"]["skipped_steps"], dtype=torch.float32)
         self._loaded_step = checkpoint["global_step"]
+        reader = checkpoint.pop("reader", None)
+        if reader is not None:
+            groups = parameter_groups(self.net, self.weight_decay)
+            checkpoint["optimizer_states"] = [plain_state_dict(reader.tensor, checkpoint.pop("optimizer"), groups)]
+        _recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def restored(self, path: Path, tokens: int) -> MemorySparseModel:
         """The trained model of a checkpoint, without a trainer.
@@ -456,6 +532,33 @@ class MemorySparseModule(L.LightningModule):
         return tuple(getattr(data, "val_splits", ("test",)))
 
 
+def _routers_alone(source: Path) -> bool:
+    return (source / "config.json").is_file() and open_home(str(source)) is not None
+
+
+def packs_per_step(trainer: L.Trainer, data: Any) -> int:
+    """Packs of an optimiser step, over all ranks.
+
+    Args:
+        trainer: Whose ranks.
+        data: The data module; None for one rank to a pack.
+    """
+    return trainer.world_size * trainer.accumulate_grad_batches // getattr(data, "document_parallel", 1)
+
+
+def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
+    """Counts what Lightning's loop has done in this run's batches: another number of ranks takes as many packs a step,
+    in another number of batches. What was saved before its step's validation stays so, and is validated first; beside
+    that, Lightning itself loses count of what the loggers call a step."""
+    step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    before = progress["total"]["completed"] < progress["total"]["processed"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update(dict.fromkeys(counts, step * accumulated))
+        counts["completed"] -= before
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - before
+
+
 def _as_it_is(data: Any) -> Any:
     return data
 
@@ -477,11 +580,14 @@ class SkippingAdamW(torch.optim.AdamW):
 
 def parameter_groups(model: MemorySparseModel, weight_decay: float) -> list[dict[str, Any]]:
     """Named optimiser groups: routers, backbone, backbone without decay. Every trainable weight is in exactly one."""
-    backbone = [(name, weight) for name, weight in model.backbone_parameters() if weight.requires_grad]
-    decayed = [weight for name, weight in backbone if weight.ndim >= 2 and "embed" not in name]
-    others = [weight for name, weight in backbone if weight.ndim < 2 or "embed" in name]
+    backbone = [(PREFIX + name, weight) for name, weight in model.backbone_parameters() if weight.requires_grad]
+    routers = [(PREFIX + name, weight) for name, weight in model.router_parameters()]
+    # a weight that stage 3 has shared out is flat, and remembers its shape
+    matrices = {name for name, weight in backbone if len(getattr(weight, "ds_shape", weight.shape)) >= 2}
+    decayed = [(name, weight) for name, weight in backbone if name in matrices and "embed" not in name]
+    others = [(name, weight) for name, weight in backbone if name not in matrices or "embed" in name]
     groups = [
-        {"name": "routers", "params": [weight for _, weight in model.router_parameters()], "weight_decay": 0.0},
+        {"name": "routers", "params": routers, "weight_decay": 0.0},
         {"name": "backbone", "params": decayed, "weight_decay": weight_decay},
         {"name": "backbone_no_decay", "params": others, "weight_decay": 0.0},
     ]

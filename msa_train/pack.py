@@ -369,6 +369,14 @@ class MemoryPack(TensorFields):
     counted: bool = True
     shares: Shares | None = None
 
+    def describe(self) -> str:
+        """Its sizes in words, without a look at the device."""
+        lengths = self.documents.lengths
+        return (
+            f"pack {self.index}: {len(lengths)} documents, {sum(lengths):,} tokens, the longest {max(lengths):,}; "
+            f"{len(self.query_ids)} queries"
+        )
+
     def __post_init__(self) -> None:
         if self.shares is not None:
             counts, own = self.shares.chunk_counts, self.documents.chunks.largest_sums[-1]

@@ -4,7 +4,7 @@
     tokenizer/             the run's tokenizer
     backbone/config.json   the backbone's shape, its vocabulary grown to the tokenizer
     routing.json           recall@1 of every routed layer in the last validation, a mean over its splits
-    last.ckpt              weights; a file, or ZeRO's folder
+    step=N.ckpt/           weights, and what a resume needs (folders.py); last.ckpt points to the newest
 
 What `msa-train export` makes of a run opens alike: a config.json that says it all, beside tokenizer and weights.
 The invariant: the folder is enough. It may be moved, no corpus or backbone beside it is asked for, and no class that
@@ -14,29 +14,33 @@ config.yaml names is ever imported.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from msa_train.backbone import MEMORY, OURS, open_memory
+from msa_train.backbone import MEMORY, OURS, open_config, open_home, open_memory
 from msa_train.checkpoints import (
     DTYPES,
     check_chunk_size,
-    newest_checkpoint,
+    check_sound,
+    find_checkpoint,
     read_checkpoint,
     restore,
     restore_exported,
 )
 from msa_train.config import MSAConfig, RouterInit
 from msa_train.errors import UserError
+from msa_train.folders import FACTS, WEIGHTS, checkpoints_of
 from msa_train.kernels.choice import Kernels
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol, RoutingWords
-from msa_train.strategies import FACTS
 
 CONFIG, TOKENIZER, BACKBONE, RECALL = "config.yaml", "tokenizer", "backbone", "routing.json"
 EXPORTED = "config.json"  # what tells an exported run's folder
@@ -68,18 +72,21 @@ class Run:
     temperature: float = TEMPERATURE
 
 
-def open_run(name: str | Path) -> Run:
+def open_run(name: str | Path, backbone: str | None = None) -> Run:
     """Opens a trained run.
 
     Args:
         name: A run's folder, of which the newest checkpoint is taken; or a checkpoint in one; or an exported folder,
             this project's or a published one.
+        backbone: Where the backbone is, if that folder is of routers alone and it is not where they say.
 
     Raises:
         UserError: It is no run, something of it is missing or damaged, or the checkpoint is of another architecture.
     """
     if (Path(name) / EXPORTED).is_file():
-        return _open_exported(Path(name))
+        return _open_exported(Path(name), backbone)
+    if backbone is not None:
+        raise UserError(f"--backbone is for routers alone; '{name}' is a run, which has its backbone")
     folder, checkpoint = _find(Path(name))
     config = _Config(folder / CONFIG)
     msa = MSAConfig(
@@ -95,6 +102,7 @@ def open_run(name: str | Path) -> Run:
     saved = read_checkpoint(checkpoint)
     check_chunk_size(msa, saved, str(checkpoint))
     backbone = str(folder / BACKBONE / "config.json")
+    _check_shape(backbone, msa)
     model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), Kernels())
     return Run(
         folder=folder,
@@ -107,7 +115,45 @@ def open_run(name: str | Path) -> Run:
     )
 
 
-def _open_exported(folder: Path) -> Run:
+def frozen_backbone(name: str | Path, backbone: str | None = None) -> str:
+    """The backbone of a run that trained routers alone, as it was named in training.
+
+    Args:
+        name: As for `open_run`.
+        backbone: Another name for it.
+
+    Raises:
+        UserError: It was trained too, its weights were random, or nobody says what it was.
+    """
+    if (Path(name) / EXPORTED).is_file():
+        home = open_home(str(name))
+        if backbone is None and home is None:
+            raise UserError(
+                f"{name}: an exported folder does not say what its backbone was: give the run's own, or --backbone"
+            )
+        return backbone or home.name  # type: ignore[union-attr]
+    folder, _ = _find(Path(name))
+    config = _Config(folder / CONFIG)
+    for phase in config.mappings("model.phases"):
+        if phase.get("trainable") != "routers":
+            raise UserError(
+                f"{name}: phase '{phase.get('name')}' trained the backbone too, so routers alone are not the run; "
+                "export the whole, without --only"
+            )
+    named = backbone or config.text("model.backbone")
+    if named.endswith(".json"):
+        raise UserError(
+            f"{name}: its backbone had random weights, of the shape in '{named}', which no one else has; export the "
+            "whole, without --only"
+        )
+    try:
+        home = open_home(named)
+    except UserError as error:
+        raise UserError(f"{name}: {error}; say where it is with --backbone") from error
+    return named if home is None else home.name
+
+
+def _open_exported(folder: Path, backbone: str | None) -> Run:
     """A folder that a run was exported to, or a published one, which keeps to the published protocol."""
     msa = open_memory(str(folder))
     if msa is None:
@@ -119,7 +165,8 @@ def _open_exported(folder: Path) -> Run:
     protocol = Protocol(
         _open_tokenizer(folder), config.choice(f"{OURS}.routing_words", get_args(RoutingWords), "prompt")
     )
-    model = restore_exported(str(folder), msa)
+    _check_shape(str(folder), msa)
+    model = restore_exported(str(folder), msa, backbone)
     return Run(
         folder=folder,
         checkpoint=folder,
@@ -175,7 +222,7 @@ def _find(path: Path) -> tuple[Path, Path]:
     """A run's folder and the checkpoint to take."""
     if not path.exists():
         raise UserError(f"no run '{path}': give a run's folder, like checkpoints/quickstart, or a checkpoint in one")
-    is_run = path.is_dir() and not (path / FACTS).is_file()  # ZeRO's checkpoints are folders too
+    is_run = path.is_dir() and not (path / FACTS).is_file()  # checkpoints are folders too
     folder = path if is_run else path.parent
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a run of msa-train (no {CONFIG}); give the folder that `msa-train fit` wrote")
@@ -185,10 +232,28 @@ def _find(path: Path) -> tuple[Path, Path]:
                 f"{folder}: no {part}, as in runs of older versions; resume it once "
                 f"(msa-train fit --config {folder / CONFIG} --ckpt_path last), or train it anew"
             )
-    checkpoint = newest_checkpoint(folder) if is_run else path
+    if not is_run:
+        check_sound(path, (WEIGHTS, FACTS))
+        return folder, path
+    checkpoint = find_checkpoint(folder, "last", warnings.warn, (WEIGHTS, FACTS)) if checkpoints_of(folder) else None
     if checkpoint is None:
-        raise UserError(f"{folder}: no checkpoint (last*.ckpt) yet; let msa-train fit run until it saves one")
+        raise UserError(f"{folder}: no whole checkpoint (step=N.ckpt) yet; let msa-train fit run until it saves one")
     return folder, checkpoint
+
+
+def _check_shape(backbone: str, msa: MSAConfig) -> None:
+    """Builds a model on no device, which costs nothing, before one is built and filled."""
+    config = open_config(backbone)
+    try:
+        with torch.device("meta"):
+            MemorySparseModel(AutoModelForCausalLM.from_config(config), msa)
+    except UserError:
+        raise
+    except Exception as error:  # of sizes that do not fit one another the libraries below raise whatever they meet
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise UserError(
+            f"{backbone}: no model can be made of it ({type(error).__name__}: {reason}); restore its config.json"
+        ) from error
 
 
 def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -217,7 +282,9 @@ class _Config:
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number from 1."""
-        return self._value(key, lambda value: type(value) is int and value > 0, "a whole number from 1", default)
+        return self._value(
+            key, lambda value: type(value) is int and 0 < value < 2**31, "a whole number from 1", default
+        )
 
     def wholes(self, key: str) -> tuple[int, ...]:
         """Whole numbers."""
@@ -226,13 +293,27 @@ class _Config:
         )
         return tuple(numbers)
 
+    def mappings(self, key: str) -> list[dict[str, Any]]:
+        """Mappings, at least one."""
+        return self._value(
+            key,
+            lambda value: isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value),
+            "a list of mappings",
+        )
+
+    def text(self, key: str) -> str:
+        """Some words."""
+        return self._value(key, lambda value: isinstance(value, str), "a text")
+
     def choice(self, key: str, choices: tuple[Any, ...], default: str | None = None) -> Any:
         """One of a few words."""
         return self._value(key, lambda value: value in choices, f"one of {', '.join(choices)}", default)
 
     def positive(self, key: str, default: float) -> float:
         """A number above 0."""
-        return self._value(key, lambda value: type(value) in (int, float) and value > 0, "a number above 0", default)
+        return self._value(
+            key, lambda value: type(value) in (int, float) and 0 < value < inf, "a number above 0", default
+        )
 
     def _value(self, key: str, valid: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
         value = self.values

@@ -1,19 +1,14 @@
-"""ZeRO: DeepSpeed's sharing out of optimiser, gradients and weights over the ranks, and its checkpoints.
+"""ZeRO: DeepSpeed's sharing out of optimiser, gradients and weights over the ranks; and checkpoints of all strategies.
 
-    weights.safetensors    the weights, complete, in the precision of training
-    msa_train.json         what they do not tell: chunk size, steps, and who saved them
-    checkpoint/, latest    DeepSpeed's own parts, one for each rank, which resuming needs
-
-The invariant: a checkpoint opens without DeepSpeed, and nothing of it is unpickled but by resuming it. It is written
-aside and takes its place when it is whole. Gradients are means over ranks and accumulated packs, as those of DDP are.
+The invariant: a checkpoint holds names and complete tensors (folders.py), nothing of who had which part. So it opens
+without DeepSpeed, nothing of it is unpickled, and a run goes on from it with other ranks, stages and strategies.
+Gradients are means over ranks and accumulated packs, as those of DDP are.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,15 +17,17 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msa_train.errors import UserError
+from msa_train.folder_files import FolderReader, FolderWriter
+from msa_train.folders import ASIDE, discard
+from msa_train.optimizer_state import plain_state, restore_zero_state, zero_settings, zero_state
 
-WEIGHTS, FACTS = "weights.safetensors", "msa_train.json"
 INSTALL = "pip install 'msa-train[deepspeed]', once torch is there"
 PRECISIONS = ("bf16-true", "bf16-mixed")  # the same to DeepSpeed: it trains bfloat16 with a float32 copy
 GRADIENTS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -103,6 +100,7 @@ class ZeRO(DeepSpeedStrategy):
             },
         )
         self.stage = stage
+        self._skipped: list[int] = []
 
     # --- starting -----------------------------------------------------------------------------------------------
 
@@ -198,6 +196,20 @@ class ZeRO(DeepSpeedStrategy):
         """Steps of the run whose gradient was not finite: DeepSpeed left the weights as they were."""
         return self.deepspeed_engine.skipped_steps
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; remembers the step if DeepSpeed leaves it out."""
+        assert self.lightning_module is not None
+        before, step = self.skipped_steps, self.lightning_module.global_step
+        done = super().optimizer_step(*args, **kwargs)
+        if self.skipped_steps > before:
+            self._skipped.append(step)
+        return done
+
+    def take_skipped(self) -> list[int]:
+        """The steps that were left out since this was last asked."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
+
     def teardown(self) -> None:
         """Lightning's, which would move the optimiser into the host's memory first: a minute at 4B, for nothing."""
         self.optimizers = []
@@ -206,42 +218,95 @@ class ZeRO(DeepSpeedStrategy):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Saves a folder, by all ranks; it replaces one of the same name with all that it holds.
+        """Saves a folder (folders.py), by all ranks. What a disk refuses to any of them is a warning.
 
         Args:
             checkpoint: Lightning's state of the run.
             filepath: The folder.
             storage_options: Not used.
         """
-        path = Path(self.broadcast(filepath))
-        aside = path.with_name(f"{path.name}.writing")
-        if self.is_global_zero:
-            _remove(aside)
-        self.barrier()
-        kept = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        self.deepspeed_engine.save_checkpoint(aside, client_state=kept, tag="checkpoint")
-        self._save_weights(aside, {**checkpoint["msa_train"], "global_step": checkpoint["global_step"]})
-        self.barrier()
-        if self.is_global_zero:
-            _put(aside, path)
-        self.barrier()
-
-    def _save_weights(self, folder: Path, facts: dict[str, Any]) -> None:
-        module = self.lightning_module
+        module, engine = self.lightning_module, self.deepspeed_engine
         assert module is not None
-        weights = {}
+        folder = Path(self.broadcast(filepath))
+        aside = folder.with_name(folder.name + ASIDE)
+        writer = FolderWriter(aside)
+        if self.is_global_zero:
+            writer.start()
+        self.barrier()
+        facts = {**checkpoint["msa_train"], "global_step": checkpoint["global_step"]}
+        weights, tied = {}, _tied(module)
         for name, weight in gathered(module):
             if self.is_global_zero:
                 weights[name] = weight.to("cpu", copy=True).contiguous()
         if self.is_global_zero:
-            first: dict[int, str] = {}
-            tied = {}
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                if first.setdefault(id(parameter), name) != name:
-                    tied[name] = first[id(parameter)]
-            save_file(weights, folder / WEIGHTS, {"format": "pt"})
-            facts = {**facts, "tied": tied, "stage": self.stage, "ranks": self.world_size}
-            (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+            writer.weights(weights, {**facts, "tied": tied})
+            rest = {name: checkpoint[name] for name in checkpoint if name not in ("state_dict", "optimizer_states")}
+            writer.trainer({**rest, "optimizer": zero_settings(module, engine)})
+        weights.clear()
+        for number, (name, tensor) in enumerate(zero_state(module, engine)):
+            if number % self.world_size == self.global_rank:
+                writer.optimizer(name, tensor, self.global_rank)
+        writer.finish(self.global_rank)
+        told: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(told, (writer.files, writer.refused))
+        if self.is_global_zero:
+            writer.files = {name: one for files, _ in told for name, one in files.items()}
+            writer.refused = next((refused for _, refused in told if refused), None)
+            writer.settle(folder)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Gives every rank its part of what any strategy saved, on whatever number of ranks."""
+        module = self.lightning_module
+        assert module is not None
+        reader = FolderReader(Path(checkpoint_path))
+        with torch.no_grad():
+            for name, weight in gathered(module, modifier=0):
+                weight.copy_(reader.weight(name))
+        checkpoint = reader.trainer()
+        restore_zero_state(module, self.deepspeed_engine, reader.tensor, checkpoint.pop("optimizer"))
+        facts = checkpoint["msa_train"]
+        engine, packs = self.deepspeed_engine, facts["packs_per_step"]
+        engine.global_steps, engine.skipped_steps = checkpoint["global_step"], int(facts["skipped_steps"])
+        engine.global_samples = checkpoint["global_step"] * packs
+        return checkpoint
+
+
+class FolderIO(CheckpointIO):
+    """Checkpoints of all other strategies, by the first rank, in the same folders."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Saves a folder (folders.py). What a disk refuses is a warning."""
+        folder, state = Path(path), checkpoint["state_dict"]
+        writer = FolderWriter(folder.with_name(folder.name + ASIDE))
+        writer.start()
+        rest = {name: checkpoint[name] for name in checkpoint if name not in ("state_dict", "optimizer_states")}
+        facts = {**checkpoint["msa_train"], "global_step": checkpoint["global_step"]}
+        first: dict[tuple[Any, ...], str] = {}
+        tied = {}
+        for name, weight in state.items():
+            same = first.setdefault((weight.data_ptr(), weight.shape, weight.stride()), name)
+            if same != name:
+                tied[name] = same
+        weights = {name: weight.cpu().contiguous() for name, weight in state.items() if name not in tied}
+        writer.weights(weights, {**facts, "tied": tied})
+        tensors, settings = plain_state(checkpoint["optimizer_states"][0])
+        for name, tensor in tensors.items():
+            writer.optimizer(name, tensor, 0)
+        writer.trainer({**rest, "optimizer": settings})
+        writer.finish(0)
+        writer.settle(folder)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What Lightning resumes from; the module makes an optimiser's state of it (`on_load_checkpoint`)."""
+        reader = FolderReader(Path(path))
+        return {**reader.trainer(), "state_dict": reader.weights(masters=True), "reader": reader}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Deletes a checkpoint."""
+        discard(Path(path))
 
 
 def check_arguments(stage: int, offload_parameters: bool) -> None:
@@ -267,15 +332,20 @@ def sharded(module: nn.Module) -> bool:
     return any(hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, complete, with its name, one at a time; tied ones once. All ranks must go through all of them."""
+def gathered(module: nn.Module, modifier: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, complete, with its name, one at a time; tied ones once. All ranks must go through all of them.
+
+    Args:
+        module: Whose weights.
+        modifier: Rank whose changes to them all ranks take.
+    """
     for name, weight in module.named_parameters():
         if not hasattr(weight, "ds_id"):
             yield name, weight.data
             continue
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier):
             yield name, weight.data
 
 
@@ -294,6 +364,15 @@ def complete(module: nn.Module, blank: nn.Module | None) -> None:
         _replace(blank, lambda name, tensor: _like(held[name], tensor))
 
 
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Second names of tied weights, with their first."""
+    first: dict[int, str] = {}
+    names = (
+        (name, first.setdefault(id(weight), name)) for name, weight in module.named_parameters(remove_duplicate=False)
+    )
+    return {name: same for name, same in names if name != same}
+
+
 def _like(held: Tensor, tensor: Tensor) -> Tensor:
     return nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
 
@@ -310,29 +389,3 @@ def _replace(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
             for name, tensor in own.items():
                 if tensor is not None:
                     own[name] = made[id(tensor)][1]  # type: ignore[assignment]
-
-
-def _put(aside: Path, path: Path) -> None:
-    """Moves a finished folder into its place. At every moment a whole one is named last*.ckpt, if the place is."""
-    before = path.with_name(f"{path.stem}-before{path.suffix}")
-    if path.exists():
-        _discard(before)
-        path.rename(before)
-    aside.rename(path)
-    _discard(before)
-
-
-def _discard(path: Path) -> None:
-    """Removes a checkpoint, which must not be taken for one while it is half deleted."""
-    if path.exists():
-        doomed = path.with_name(f"{path.name}.deleting")
-        _remove(doomed)
-        path.rename(doomed)
-        _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

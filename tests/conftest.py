@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from msa_train.checkpoints import newest_checkpoint, read_checkpoint
 from msa_train.config import MSAConfig
+from msa_train.folder_files import FolderReader
 from msa_train.model import MemorySparseModel, Recompute
 from msa_train.pack import Context, Contexts, Documents, MemoryPack
 
@@ -114,6 +116,15 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """A run's newest checkpoint: state_dict, msa_train, global_step; loops and callbacks; AdamW's state by name."""
+    folder = newest_checkpoint(run)
+    assert folder is not None
+    reader = FolderReader(folder)
+    kept = {name: reader.tensor(name) for name in reader.names() if "/" in name}
+    return {**reader.trainer(), **read_checkpoint(folder), "moments": kept}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from msa_train.strategies import gathered
+from msa_train.optimizer_state import zero_state
+from msa_train.strategies import ZeRO, gathered
 
 
 class KillAt(L.Callback):
@@ -69,6 +70,9 @@ class Trials(L.Callback):
         """Remembers."""
         self.digests["start"] = digests(gathered(pl_module))
         self.digests["buffers"] = digests(pl_module.named_buffers())
+        strategy = trainer.strategy
+        zero = isinstance(strategy, ZeRO)
+        self.digests["state"] = digests(zero_state(pl_module, strategy.deepspeed_engine)) if zero else {}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """Empties a pack."""

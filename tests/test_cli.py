@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 
 from msa_train import cli
 from msa_train.errors import UserError
-from tests.conftest import TINY_BACKBONE, write_corpus
+from tests.conftest import TINY_BACKBONE, newest, write_corpus
 
 Arguments = Callable[..., list[str]]
 
@@ -39,58 +38,6 @@ def test_help_and_print_config_teach(tiny_run: Arguments, tmp_path: Path, capsys
         and "Token budget" not in text.partition("model")[0]
     )
     assert not any(tmp_path.iterdir())
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"model.chunk_siez": 4}, "did you mean .*chunk_size"),
-    "unknown trainer key": ({"trainer.max_step": 4}, "did you mean .*max_steps"),
-    "unknown data key": ({"data.documents_tokens": 4}, "did you mean document_tokens"),
-    "unknown phase key": ({"model.phases": '[{"name": "a", "step": 2}]'}, "did you mean steps"),
-    "unknown callback": ({"trainer.callbacks": '[{"class_path": "callbacks.Nope"}]'}, "no attribute 'Nope'"),
-    "unknown data class": ({"data": "datamodules.Nope"}, 'Parser key "data"'),
-    "wrong type": ({"model.temperature": "warm"}, "temperature"),
-    "missing backbone": ({"model.backbone": "nowhere.json"}, "no such file 'nowhere.json'"),
-    "missing corpus": ({"data.corpus": "nowhere"}, "data.corpus: 'nowhere' is neither a folder nor a file here"),
-    "missing tokenizer": ({"data.tokenizer": "nowhere"}, "data.tokenizer: cannot open 'nowhere'"),
-    "missing split": ({"data.train_split": "dev"}, "no split 'dev'"),
-    "missing checkpoint": ({"ckpt_path": "nowhere.ckpt"}, "no such checkpoint 'nowhere.ckpt'"),
-    "nothing to resume": ({"ckpt_path": "last"}, "has no checkpoint yet"),
-    "missing start": ({"model.init_from": "nowhere.ckpt"}, "model.init_from: no such checkpoint"),
-    "chunk size 0": ({"model.msa.chunk_size": 0}, "chunk_size is 0"),
-    "top-k 0": ({"model.msa.top_k": 0}, "top_k is 0"),
-    "layer out of range": ({"model.msa.routed_layers": "[1, 7]"}, "layer 7.*layers 0..1"),
-    "layers unsorted": ({"model.msa.routed_layers": "[1, 0]"}, "ascending"),
-    "budget too small": ({"data.document_tokens": 30}, "more than document_tokens 30"),
-    "too many queries": ({"data.queries_per_pack": 60}, "lower queries_per_pack"),
-    "epochs": ({"trainer.max_epochs": 3}, "max_epochs is 3: a run is as long as its phases"),
-    "no phase": ({"model.phases": "[]"}, "phases is empty"),
-    "phase of no steps": ({"model.phases": '[{"name": "a", "steps": 0}]'}, "steps is 0"),
-    "temperature 0": ({"model.temperature": 0}, "temperature is 0"),
-    "share of 2": ({"data.answer_share": 2.0}, "answer_share is 2"),
-    "vocabulary too small": ({"data.vocab_size": 10}, "vocab_size is 10"),
-    "no such checkpoint word": ({"ckpt_path": "best"}, "no such checkpoint 'best'"),
-    **({} if torch.cuda.is_available() else {"no GPU here": ({"trainer.accelerator": "gpu"}, "gpu")}),
-    "share of an epoch": ({"trainer.val_check_interval": 0.25}, "val_check_interval"),
-    "no config file": ({"config": "nowhere.yaml"}, "nowhere.yaml"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_and_nothing_is_written(
-    case: str, tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes, message = BAD[case]
-    given = [argument for argument in tiny_run(tmp_path) if argument.partition("=")[0].lstrip("-") not in changes]
-    arguments = [*given, *(f"--{name}={value}" for name, value in changes.items())]
-    monkeypatch.setattr(sys, "argv", ["msa-train", "fit", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr().err.strip().splitlines()
-    line = said[-1]
-    assert end.value.code == 2 and line.startswith("msa-train: error: "), said
-    assert re.search(message, line), line
-    assert "Traceback" not in "".join(said) and len(line) < 500, line
-    assert not any(tmp_path.iterdir()), "nothing may be written"
 
 
 def test_k_beyond_the_documents_trains(tiny_run: Arguments, tmp_path: Path) -> None:
@@ -132,19 +79,16 @@ def test_resuming_with_other_chunks_or_a_strange_file_is_refused(tiny_run: Argum
     last = tmp_path / "tiny" / "last.ckpt"
     with pytest.raises(UserError, match=r"last.ckpt: trained with msa.chunk_size 8, this run has 4"):
         run(tiny_run(tmp_path, steps=1, ckpt_path=last, **{"model.msa.chunk_size": 4}))
-    for content, message in ((b"no pickle", "not a readable checkpoint"), (b"", "not a readable checkpoint")):
-        (tmp_path / "strange.ckpt").write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            run(tiny_run(tmp_path, steps=1, name="other", ckpt_path=tmp_path / "strange.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "strange.ckpt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        run(tiny_run(tmp_path, steps=1, name="other", ckpt_path=tmp_path / "strange.ckpt"))
+    for strange in (tmp_path / "strange.ckpt", tmp_path / "tiny"):
+        with pytest.raises(UserError, match="not a checkpoint of this project, which is a folder with msa_train.json"):
+            run(tiny_run(tmp_path, steps=1, name="other", ckpt_path=strange))
     assert not (tmp_path / "other").exists()
 
 
 def test_init_from_starts_anew_with_other_weights(tiny_run: Arguments, tmp_path: Path) -> None:
     run(tiny_run(tmp_path, steps=3))
-    start = torch.load(tmp_path / "tiny" / "last.ckpt", weights_only=True)
+    start = newest(tmp_path / "tiny")
     stage = run(
         tiny_run(
             tmp_path, steps=1, name="second",

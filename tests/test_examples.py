@@ -53,7 +53,7 @@ def test_the_slurm_script_starts_what_msa_train_understands(
     asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script.read_text(), re.M))
     assert asked["ntasks-per-node"] == asked["gpus-per-node"], "a task per GPU"
     if saved:
-        (tmp_path / "qwen3_4b_slurm" / "last.ckpt").mkdir(parents=True)
+        (tmp_path / "qwen3_4b_slurm" / "step=100.ckpt").mkdir(parents=True)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path), "SLURM_NNODES": asked["nodes"],
         "SLURM_NTASKS_PER_NODE": asked["ntasks-per-node"], "SLURM_CPUS_PER_TASK": asked["cpus-per-task"],

@@ -20,7 +20,7 @@ from callbacks.monitor import MEASURES, draw
 from msa_train import cli
 from msa_train.errors import UserError
 from msa_train.source import PackSource
-from tests.conftest import TINY_BACKBONE
+from tests.conftest import TINY_BACKBONE, newest
 from tests.test_training import losses, start
 
 Arguments = Callable[..., list[str]]
@@ -210,7 +210,7 @@ def test_history_after_a_resume_is_that_of_the_uninterrupted_run(watched: Argume
     flags = {"checkpoint.every_n_train_steps": 2, "model.phases": json.dumps(learning)}
     whole = monitor_of(cli.build(["fit", *watched(steps=10, name="whole", **flags)])).state_dict()
     cli.build(["fit", *watched(steps=10, name="parts", **flags, **{"trainer.max_steps": killed})])
-    saved = torch.load(runs_of(watched) / "parts" / "last.ckpt", weights_only=True)
+    saved = newest(runs_of(watched) / "parts")
     seen = next(state for name, state in saved["callbacks"].items() if "RouterMonitor" in name)["history"]["test"]
     assert [row["step"] for row in seen] == ([0] if killed == 4 else [0, 4])
     parts = monitor_of(cli.build(["fit", *watched(steps=10, name="parts", **flags), "--ckpt_path=last"])).state_dict()
@@ -232,7 +232,7 @@ def test_two_ranks_watch_the_same_numbers(watched: Arguments, tmp_path: Path) ->
     flags = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.limit_val_batches": 1}
     done = start(watched(steps=4, **flags))
     assert done.returncode == 0, done.stderr[-2000:]
-    saved = torch.load(tmp_path / "runs" / "tiny" / "last.ckpt", weights_only=True)["callbacks"]
+    saved = newest(tmp_path / "runs" / "tiny")["callbacks"]
     (row,) = next(state for name, state in saved.items() if "RouterMonitor" in name)["history"]["test"]
     for measure, by_layer in monitor_of(found).history["test"][0].items():
         assert row[measure] == pytest.approx(by_layer, abs=1e-6), measure

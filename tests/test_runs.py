@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from datamodules.tokenizer import train_tokenizer
 from msa_train import cli
 from msa_train.checkpoints import newest_checkpoint, read_checkpoint
 from msa_train.errors import UserError
+from msa_train.folders import FACTS, WEIGHTS, checkpoints_of
 from msa_train.runs import layer_shares, open_run
 from tests.conftest import TINY_BACKBONE, tiny_pack, write_corpus
 
@@ -29,6 +29,22 @@ VALIDATED = {
     "model.msa.routed_layers": "[0, 1]", "trainer.limit_val_batches": 1.0, "trainer.val_check_interval": 5,
     "checkpoint.every_n_train_steps": 5, "data.val_splits": "[test, train]", "data.val_packs": 0,
 }  # fmt: skip
+
+
+def every(damage: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Damages all checkpoints of a run."""
+
+    def damaged(folder: Path) -> None:
+        for checkpoint in checkpoints_of(folder):
+            damage(checkpoint)
+
+    return damaged
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
 
 
 def fit(arguments: list[str]) -> Any:
@@ -79,7 +95,7 @@ def newest(folder: Path) -> dict[str, Any]:
 
 def test_an_opened_run_is_what_was_trained(trained: Any, folder: Path) -> None:
     run = open_run(folder)
-    assert run.folder == folder and run.checkpoint == folder / "last.ckpt" and run.max_document_tokens == 77
+    assert run.folder == folder and run.checkpoint == newest_checkpoint(folder) and run.max_document_tokens == 77
     weights = dict(trained.model.net.state_dict())
     assert run.model.state_dict().keys() == weights.keys() and len(weights) > 20
     for name, weight in run.model.state_dict().items():
@@ -101,12 +117,15 @@ def test_an_opened_run_is_what_was_trained(trained: Any, folder: Path) -> None:
 
 
 def test_a_checkpoints_path_names_a_run_as_well(folder: Path, copy: Path) -> None:
-    (copy / "last.ckpt").rename(copy / "kept.ckpt")
+    saved = newest_checkpoint(copy)
+    assert saved is not None and open_run(str(copy / "last.ckpt")).checkpoint == copy / "last.ckpt"
+    saved.rename(copy / "kept.ckpt")
     assert open_run(str(copy / "kept.ckpt")).checkpoint == copy / "kept.ckpt"
-    for number, name in enumerate(("last-v1.ckpt", "last.ckpt")):
-        shutil.copyfile(copy / "kept.ckpt", copy / name)
-        os.utime(copy / name, (2000 - number, 2000 - number))
-    assert newest_checkpoint(copy) == open_run(copy).checkpoint == copy / "last-v1.ckpt"
+    for step in (90, 100, 20):
+        shutil.copytree(copy / "kept.ckpt", copy / f"step={step}.ckpt")
+    assert newest_checkpoint(copy) == open_run(copy).checkpoint == copy / "step=100.ckpt"
+    (copy / "step=100.ckpt" / WEIGHTS).unlink()
+    assert newest_checkpoint(copy) == copy / "step=90.ckpt", "it is not whole"
 
 
 def test_a_folder_alone_is_enough(tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +291,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: shutil.rmtree(folder / "backbone"),
         r"no backbone/config.json, as in runs of older versions; resume it once .* or train it anew",
     ),
-    "no checkpoint": (unlink("last.ckpt"), r"copy: no checkpoint \(last\*.ckpt\) yet; let msa-train fit run"),
+    "no checkpoint": (
+        every(shutil.rmtree), r"copy: no whole checkpoint \(step=N.ckpt\) yet; let msa-train fit"
+    ),
     "broken YAML": (write("config.yaml", "model: [\n  b"), "config.yaml: not readable YAML .* correct it, or resume"),
     "YAML of a bad date": (write("config.yaml", "a: 2001-99-99"), "config.yaml: not readable YAML"),
     "empty YAML": (write("config.yaml", ""), "config.yaml: model.msa.chunk_size is missing"),
     "a list": (write("config.yaml", "[1]"), "config.yaml: model.msa.chunk_size is missing: it must be a whole number"),
     "chunk size": (changed("model.msa.chunk_size", 8.0), "model.msa.chunk_size is '8.0'.* a whole number from 1"),
-    "chunk size of another run": (changed("model.msa.chunk_size", 4), "last.ckpt: trained with msa.chunk_size 8, .* 4"),
+    "chunk size of another run": (changed("model.msa.chunk_size", 4), r"\d+.ckpt: trained with msa.chunk_size 8, .* 4"),
     "top-k": (changed("model.msa.top_k", True), "model.msa.top_k is 'True'"),
     "layers": (changed("model.msa.routed_layers", ["1"]), "model.msa.routed_layers is .*: it must be a list of whole"),
     "layers unsorted": (changed("model.msa.routed_layers", [1, 0]), "routed_layers is .*ascending"),
@@ -290,16 +311,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other layers": (changed("model.msa.routed_layers", [1]), "another architecture: it has 'model.backbone.*router_"),
     "other backbone": (
         write("backbone/config.json", json.dumps({**TINY_BACKBONE, "intermediate_size": 64})),
-        r"last.ckpt: another architecture: '.*gate_proj.weight' is \(48, 32\) there, \(64, 32\) here",
+        r"step=\d+.ckpt: another architecture: '.*gate_proj.weight' is \(48, 32\) there, \(64, 32\) here",
     ),
     "broken backbone": (write("backbone/config.json", "{"), "backbone/config.json"),
     "broken tokenizer": (write("tokenizer/tokenizer.json", "{}"), "tokenizer: not a readable tokenizer .* resume"),
     "strange tokenizer": (write("tokenizer/tokenizer_config.json", "[]"), "tokenizer: not a readable tokenizer"),
-    "broken checkpoint": (write("last.ckpt", "no pickle"), "last.ckpt: not a readable checkpoint"),
-    "strange checkpoint": (
-        lambda folder: torch.save({"state_dict": {}}, folder / "last.ckpt"),
-        "last.ckpt: not a checkpoint of this project",
+    "broken weights": (
+        every(lambda saved: flip(saved / WEIGHTS)), "step=20.ckpt/weights.safetensors: damaged .its checksum differs"
     ),
+    "strange checkpoint": (every(lambda saved: (saved / FACTS).write_text("{}")), "msa_train.json: damaged"),
 }  # fmt: skip
 
 
@@ -313,7 +333,7 @@ def test_what_is_wrong_with_a_run_is_one_line(case: str, copy: Path) -> None:
 
 
 def test_a_checkpoint_outside_of_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copyfile(folder / "last.ckpt", tmp_path / "last.ckpt")
+    shutil.copytree(folder / "last.ckpt", tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="not a run of msa-train"):
         open_run(tmp_path / "last.ckpt")
 

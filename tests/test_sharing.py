@@ -27,7 +27,7 @@ from msa_train.losses import global_mean, routing_loss
 from msa_train.operations import PackSizes
 from msa_train.pack import Contexts, Documents, MemoryPack, Shares
 from msa_train.sharing import cuts, gather, share
-from tests.conftest import HEAD, tiny_context, tiny_model, tiny_pack, tokens
+from tests.conftest import HEAD, newest, tiny_context, tiny_model, tiny_pack, tokens
 from tests.test_jobs import examine
 from tests.test_training import losses, start
 
@@ -308,7 +308,7 @@ def test_a_run_whose_ranks_share_packs_is_the_run_of_whole_packs(
         )
         assert len(found) == (1 if column in evaluated else 6), column
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, c=column: f"{c} {m}")
-    states = [torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ways]
+    states = [newest(tmp_path / name)["state_dict"] for name in ways]
     for name, weight in states[0].items():
         torch.testing.assert_close(weight, states[1][name], rtol=1e-3, atol=1e-4)
     if ranks == 2:  # what is in a pack does not depend on who reads it

@@ -21,7 +21,7 @@ import torch
 from msa_train import cli
 from msa_train.errors import UserError
 from msa_train.module import MemorySparseModule, parameter_groups
-from tests.conftest import tiny_model
+from tests.conftest import newest, tiny_model
 from tests.hooks import BreakGradient
 
 Arguments = Callable[..., list[str]]
@@ -89,7 +89,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(ranks: int, tiny_ru
     for column in ("loss/total", "loss/lm", "loss/routing", "train/grad_norm", "train/recall@1"):
         wanted, found = losses(whole / "tiny", column), losses(broken / "tiny", column)
         assert len(wanted) == 60 and found == wanted, column
-    weights = [torch.load(folder / "tiny" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
+    weights = [newest(folder / "tiny") for folder in (whole, broken)]
     assert weights[0]["global_step"] == weights[1]["global_step"] == 60
     for name, weight in weights[0]["state_dict"].items():
         assert torch.equal(weight, weights[1]["state_dict"][name]), name
@@ -103,7 +103,7 @@ def test_a_finished_run_goes_on_when_given_more_steps(tiny_run: Arguments, tmp_p
             done = start([*tiny_run(tmp_path, steps=20, name=name, **{"trainer.max_steps": limit}), *resume])
             assert done.returncode == 0, done.stderr[-2000:]
     assert len(losses(tmp_path / "whole")) == 20 and losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    weights = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts")]
+    weights = [newest(tmp_path / name) for name in ("whole", "parts")]
     for name, weight in weights[0]["state_dict"].items():
         assert torch.equal(weight, weights[1]["state_dict"][name]), name
 
@@ -121,7 +121,7 @@ def test_two_ranks_equal_two_accumulated_packs(tiny_run: Arguments, tmp_path: Pa
         values = [torch.tensor([float(value) for value in losses(tmp_path / name, column).values()]) for name in ways]
         assert len(values[0]) == 6, column
         torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-5)
-    states = [torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ways]
+    states = [newest(tmp_path / name)["state_dict"] for name in ways]
     for name, weight in states[0].items():
         torch.testing.assert_close(weight, states[1][name], rtol=1e-3, atol=1e-4)
 
@@ -171,9 +171,9 @@ def test_parameter_groups_are_disjoint_and_complete() -> None:
     model = tiny_model()
     groups = parameter_groups(model, weight_decay=0.1)
     assert [group["name"] for group in groups] == ["routers", "backbone", "backbone_no_decay"]
-    held = [id(weight) for group in groups for weight in group["params"]]
+    held = [id(weight) for group in groups for _, weight in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(weight) for weight in model.parameters()}
-    decayed = {id(weight) for weight in groups[1]["params"]}
+    decayed = {id(weight) for _, weight in groups[1]["params"]}
     for name, weight in model.named_parameters():
         plain = "norm" in name or "embed" in name or ".router_" in name
         assert (id(weight) in decayed) == (not plain), name

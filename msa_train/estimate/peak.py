@@ -81,7 +81,7 @@ class _Run:
             setup.recompute
         ]
         self.keeps = [self._keeps(number) for number in range(self.layers)]
-        self.trained = model.weights if setup.trains_backbone else model.routers
+        self.trained = model.trained(setup.trains_backbone)
         self.fixed = self._fixed()
 
     def _fixed(self) -> dict[str, float]:
@@ -198,6 +198,7 @@ class _Run:
     def _back(self, moment: str, got: float, held: bool = False, **more: float) -> Memory:
         """With the gradients of so many weights: on their way into buckets under ZeRO, unless autograd holds them."""
         setup = self.setup
+        got *= self.trained / self.model.weights  # all of it, but where adapters alone are trained
         size = setup.stream * got
         if setup.strategy == "zero" and setup.steps:
             more["temporary"] = more.get("temporary", 0) + (size if held else min(size, 2 * setup.reduce_bucket))

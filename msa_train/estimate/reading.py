@@ -75,7 +75,9 @@ def read(module: MemorySparseModule, config: Any, ranks: int) -> Read:
     guess += f" and answers {ANSWER}" if share else ""
     setup = _setup(module, config.trainer, ranks)
     padded = "float32 attention pads documents to the longest, which is not counted" * (setup.precision == "32-true")
-    return Read(Model.of(net), packed, tokens, setup, tuple(filter(None, (guess, note, padded))))
+    adapted = module.lora is not None
+    lora = "adapters: time and activations are counted as if the whole backbone were trained" * adapted
+    return Read(Model.of(net), packed, tokens, setup, tuple(filter(None, (guess, note, padded, lora))))
 
 
 def card_of(name: str, gib: float | None) -> tuple[str, Card]:
@@ -98,7 +100,7 @@ def _vocabulary(data: Any) -> tuple[int | None, str]:
     if name is None:
         return data.get("vocab_size"), ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return None, f"the tokenizer '{name}' is not on this machine: the vocabulary is the backbone's own"
     add_control_tokens(tokenizer)

@@ -67,9 +67,9 @@ def _rows(run: Read, name: str, card: Card) -> Iterator[tuple[str, str, str, str
     usable = f"of {card.gib:g} GiB, {room(card) / GIB:,.1f} usable beside CUDA and gaps ({SPARE:.0%})"
     yield "memory", "peak", f"{most.total / GIB:,.2f} GiB", f"{usable}; at the {most.moment}"
     if setup.strategy == "zero" and (setup.offload_optimizer or setup.offload_parameters):
-        held = (12 + setup.gradient_bytes) * setup.offload_optimizer * (
-            model.weights if setup.trains_backbone else model.routers
-        ) + 2 * setup.offload_parameters * model.weights
+        trained = model.trained(setup.trains_backbone)
+        held = (12 + setup.gradient_bytes) * setup.offload_optimizer * trained
+        held += 2 * setup.offload_parameters * model.weights
         yield "memory", "in the host's", f"{held / GIB / setup.ranks:,.2f} GiB", "a GPU, not counted above"
 
     spent = step_time(model, pack, setup, card)

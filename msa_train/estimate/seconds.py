@@ -82,7 +82,7 @@ class _Seconds:
         again = {"none": 0.0, "layers": 1 - setup.kept_layers / layers, "documents": 1.0}[setup.recompute]
         self.again = again if trains else 0.0  # share of the layers that run forward twice
         self.parts = -(-pack.sizes.documents // pack.part) if setup.recompute == "documents" and trains else 1
-        self.trained = model.weights if trains else model.routers
+        self.trained = model.trained(trains)
 
     def compute(self) -> dict[str, float]:
         """Forward and backward of one pack."""

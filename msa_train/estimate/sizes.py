@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from msa_train.lora import ADAPTER
 from msa_train.model import PART_TOKENS, MemorySparseModel, Recompute
 from msa_train.operations import ModelSizes, PackSizes
 from msa_train.pack import MemoryPack
@@ -63,6 +64,7 @@ class Model:
         routers: Weights of the routers.
         tied: Whether embeddings are the language-model head.
         head_norms: Whether queries and keys are normed per head.
+        frozen: Weights of the backbone that stay as they are, since it has adapters.
     """
 
     sizes: ModelSizes
@@ -70,23 +72,30 @@ class Model:
     routers: int
     tied: bool
     head_norms: bool
+    frozen: int = 0
 
     @staticmethod
     def of(model: MemorySparseModel) -> Model:
         """Those of a model; its weights may be anywhere."""
         backbone = dict(model.backbone_parameters())
+        own = {name: weight.numel() for name, weight in backbone.items() if ADAPTER not in name}
         return Model(
             sizes=ModelSizes.of(model),
             backbone=sum(weight.numel() for weight in backbone.values()),
             routers=sum(weight.numel() for _, weight in model.router_parameters()),
             tied=not any("lm_head" in name for name in backbone),
             head_norms=any(".k_norm." in name for name in backbone),
+            frozen=sum(own.values()) if len(own) < len(backbone) else 0,
         )
 
     @property
     def weights(self) -> int:
         """All weights."""
         return self.backbone + self.routers
+
+    def trained(self, backbone: bool) -> int:
+        """Weights that are trained, where the backbone is and where routers alone are."""
+        return self.weights - self.frozen if backbone else self.routers
 
     @property
     def head(self) -> int:

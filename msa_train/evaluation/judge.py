@@ -60,7 +60,9 @@ class JudgeConfig:
         if self.base_url is not None and not ADDRESS.fullmatch(self.base_url):
             problems.append("base_url is no plain address: give http(s)://host:port/path, no user, password or query")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):
-            problems.append("key_variable names no environment variable: give its name in capitals, not the key")
+            problems.append(
+                "key_variable names no environment variable: give its name in capitals, not the key: OPENAI_API_KEY"
+            )
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             problems.append(f"temperature is {self.temperature}: give 0 to 2, or null for the model's own")
         if self.requests < 1:
