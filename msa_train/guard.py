@@ -17,7 +17,7 @@ import lightning as L
 import torch
 
 from msa_train.errors import UserError
-from msa_train.folders import remove
+from msa_train.folders import folder_of, is_whole, remove
 from msa_train.hang import STACKS, HangWatch
 from msa_train.module import MemorySparseModule, packs_per_step
 from msa_train.saving import Checkpoints
@@ -83,7 +83,7 @@ class Guard(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Leaves where it was agreed on, now that the step before is logged."""
-        self._leave(trainer)
+        self._leave(trainer, validate_first=False)
         assert self._watch is not None
         self._watch.working()
 
@@ -95,15 +95,12 @@ class Guard(L.Callback):
         self._watch.idle()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._leaving = self._agreed()
-            for keeper in trainer.checkpoint_callbacks:
-                if isinstance(keeper, Checkpoints):
-                    keeper.wanted = self._leaving
         if pl_module.logs_after(batch_idx) or self._leaving:
             self._record(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves before a validation."""
-        self._leave(trainer)
+        self._leave(trainer, validate_first=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the last steps."""
@@ -120,14 +117,19 @@ class Guard(L.Callback):
         torch.distributed.all_reduce(heard, group=self._group)
         return bool(heard.item())
 
-    def _leave(self, trainer: L.Trainer) -> None:
+    def _leave(self, trainer: L.Trainer, validate_first: bool) -> None:
         if not self._leaving:
             return
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, Checkpoints):
+                keeper.save(trainer, validate_first)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = environment is not None and not environment.creates_processes_externally
         if trainer.is_global_zero:
-            print(f"msa-train: told to stop: step {trainer.global_step} is saved; exit code {REQUEUE} asks for another "
-                  "start with --ckpt_path last", file=sys.stderr, flush=True)  # fmt: skip
+            saved = is_whole(folder_of(Path(trainer.default_root_dir), trainer.global_step))
+            told = f"step {trainer.global_step} {'is' if saved else 'could not be'} saved"
+            print(f"msa-train: told to stop: {told}; exit code {REQUEUE} asks for another start with --ckpt_path last",
+                  file=sys.stderr, flush=True)  # fmt: skip
         # Lightning takes another code of a process that it launched for a crash, and kills this one
         raise SystemExit(0 if launched and not trainer.is_global_zero else REQUEUE)
 

@@ -115,6 +115,7 @@ class MemorySparseModule(L.LightningModule):
         self._broken: list[tuple[int, Tensor]] = []  # steps since the last look, and whether they were skipped
         self._seed: int | None = None
         self._pack = ""
+        self.validate_first = False  # whether the validation of the step that is saved is to come
         self._resuming = False
         self._evaluated: str | None = None
         self._loaded_step = 0
@@ -469,6 +470,7 @@ class MemorySparseModule(L.LightningModule):
             "chunk_size": self.msa.chunk_size,
             "skipped_steps": float(self.skipped_steps),
             "packs_per_step": packs_per_step(self.trainer, getattr(self.trainer, "datamodule", None)),
+            "validate_first": self.validate_first,
             "strategy": f"ZeRO stage {strategy.stage}" if isinstance(strategy, ZeRO) else type(strategy).__name__,
             "ranks": self.trainer.world_size,
             "lora": None if self.lora is None else self.lora.facts,
@@ -547,16 +549,22 @@ def packs_per_step(trainer: L.Trainer, data: Any) -> int:
 
 
 def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
-    """Counts what Lightning's loop has done in this run's batches: another number of ranks takes as many packs a step,
-    in another number of batches. What was saved before its step's validation stays so, and is validated first; beside
-    that, Lightning itself loses count of what the loggers call a step."""
+    """Has Lightning's loop stand where it stood, in the middle of its one endless epoch, counted in this run's batches:
+    another number of ranks takes as many packs a step, in another number of batches.
+
+    Lightning tells from these counts what was going on when it was saved: a step that is not completed is completed,
+    and validated if it is time; after one that is, the next begins.
+    """
     step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    before = progress["total"]["completed"] < progress["total"]["processed"]
-    for counts in (progress["total"], progress["current"]):
-        counts.update(dict.fromkeys(counts, step * accumulated))
-        counts["completed"] -= before
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - before
+    open_step = int(checkpoint["msa_train"]["validate_first"])
+    epoch, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    for counts in (epoch["total"], epoch["current"]):
+        counts.update(ready=1, started=1, processed=0, completed=0)
+    for counts in (batches["total"], batches["current"]):
+        done = step * accumulated
+        counts.update(ready=done, started=done, processed=done, completed=done - open_step)
+    batches["is_last_batch"] = False
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - open_step
 
 
 def _as_it_is(data: Any) -> Any:

@@ -1,7 +1,9 @@
 """When a run saves checkpoints, and which of them it keeps.
 
-The invariant: a checkpoint goes only after a newer one is whole. So a run that is killed, or whose disk is full, always
-has one to go on from.
+The invariants: a checkpoint goes only after a newer one is whole, so a run that is killed, or whose disk is full,
+always has one to go on from. And it is saved only when its step is in the log: Lightning logs a step after all have
+seen its end, so it is saved where the next thing begins, a step or a validation; else a kill in between would leave a
+hole.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from msa_train.errors import UserError
 from msa_train.folders import checkpoints_of, discard, folder_of, is_whole, leftovers, point_to, remove, step_of
@@ -61,7 +64,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every = Path(dirpath), every_n_train_steps
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self.monitor, self.mode = monitor, mode
-        self.wanted = False  # at the end of this step, whatever it is: the run is told to stop
+        self._due = False
         self._tried = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,9 +74,19 @@ class Checkpoints(Checkpoint):
             remove(path)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves when it is time."""
-        if self.wanted or (self.every and trainer.global_step and trainer.global_step % self.every == 0):
+        """Sees that it is time."""
+        if self.every and trainer.global_step and trainer.global_step % self.every == 0:
+            self._due = True
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves what is due."""
+        if self._due:
             self.save(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what is due, before a validation that may take long."""
+        if self._due and trainer.state.fn == "fit":
+            self.save(trainer, validate_first=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves what is among the best."""
@@ -96,13 +109,22 @@ class Checkpoints(Checkpoint):
         """Saves the last step."""
         self.save(trainer)
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Saves the step that was taken last, unless it is there; all ranks together."""
-        step = trainer.global_step
+    def save(self, trainer: L.Trainer, validate_first: bool = False) -> None:
+        """Saves the step that was taken last, unless it is there; all ranks together.
+
+        Args:
+            trainer: The run's.
+            validate_first: Its validation is to come: who goes on from it begins with that.
+        """
+        step, self._due = trainer.global_step, False
         if not self.every or trainer.fast_dev_run or step == self._tried:  # type: ignore[attr-defined]
             return
         self._tried = step
         folder = folder_of(self.folder, step)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.flush()
+        trainer.lightning_module.validate_first = validate_first  # type: ignore[assignment]
         trainer.save_checkpoint(folder)
         if trainer.is_global_zero and is_whole(folder):
             point_to(folder)
