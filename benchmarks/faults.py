@@ -710,7 +710,8 @@ def main() -> None:
             "machine": machine, "torch": torch.__version__, "lightning": L.__version__, "ranks": RANKS, "steps": STEPS,
             "every": EVERY, "seed": given.seed, "trials": given.trials, "uninterrupted_s": seconds, "rows": bench.rows,
         }  # fmt: skip
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1).replace(f"{ROOT}/", "").replace(str(work), "WORK")
+        file.write_text(text + "\n")
     print(table(bench.rows))
     if any(row["held"] is False for row in bench.rows):
         sys.exit(1)
