@@ -98,12 +98,6 @@ class Parser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_step must not quietly mean max_steps
         super().__init__(*args, **kwargs)
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's --config becomes one that names its file."""
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = ConfigFile
-        return super().add_argument(*args, **kwargs)
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the mistake as one line, where argparse would print a page and exit."""
         raise UserError(self._short(str(ex) if ex is not None else message))
@@ -142,6 +136,14 @@ class Parser(LightningArgumentParser):
 
 class MemoryCLI(LightningCLI):
     """The command line of one model class and any data module."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, whose --config becomes one that names its file."""
+        parser = super().init_parser(**kwargs)
+        for action in parser._actions:
+            if type(action) is ActionConfigFile:
+                action.__class__ = ConfigFile
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what Lightning does not have: the run folder, its checkpoints, and links between model and data."""

@@ -130,6 +130,9 @@ def test_a_folder_holds_one_checkpoint_and_nothing_lies_about(runs: Path) -> Non
         inside = {path.name for path in (folder / "last.ckpt").iterdir()}
         parts = {f"optimizer-{rank}-0.safetensors" for rank in (0, 1)}
         assert inside == {WEIGHTS, FACTS, TRAINER, MANIFEST, *parts}
+        groups = FolderReader(folder / "last.ckpt").trainer()["optimizer"]["groups"]
+        decays = {group["name"]: group["weight_decay"] > 0 for group in groups}
+        assert decays == {"routers": False, "backbone": True, "backbone_no_decay": False}, "as matrices do"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
