@@ -10,6 +10,7 @@ held-out queries, routed over their whole pack.
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -307,9 +308,9 @@ class MemorySparseModule(L.LightningModule):
 
     @property
     def seed(self) -> int:
-        """The run's."""
+        """The run's, as seed_everything left it; torch's own is that of the last step."""
         if self._seed is None:
-            self._seed = torch.initial_seed()
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         return self._seed
 
     def on_train_batch_start(self, batch: MemoryPack, batch_idx: int) -> None:
