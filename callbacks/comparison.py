@@ -14,7 +14,7 @@ from rich import get_console
 from rich.markup import escape
 from rich.table import Table
 
-from callbacks.figures import COLOURS, draw_lines, panels
+from callbacks.figures import COLOURS, draw_legend, draw_lines, panels
 from msa_train.errors import UserError
 from msa_train.evaluation.report import Evaluation, Report, label, table
 
@@ -104,5 +104,5 @@ def _draw(latest: dict[str, Evaluation], metrics: dict[str, str]) -> Figure:
                 colour, style = COLOURS[place % len(COLOURS)], "-" if model else ":"
                 draw_lines(axes, one.cells(task, method), metric, colour, text, style)
         axes.set(title=task, ylabel=metric)
-        axes.legend(fontsize=7, loc="best")
+    draw_legend(figure)
     return figure

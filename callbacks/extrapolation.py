@@ -34,6 +34,7 @@ from msa_train.evaluation.methods import Method, Routed
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.report import FILE, TABLES, Evaluation, Report, label, parse_length
 from msa_train.evaluation.retrieval import Retriever
+from msa_train.evaluation.task import headlines, means
 from msa_train.findings import Finding
 from msa_train.generation import AskConfig
 from msa_train.kernels.maxsim import Precision
@@ -83,7 +84,7 @@ class ExtrapolationEvaluation(L.Callback):
         budget_s: float = 600.0,
         judge: JudgeConfig | None = None,
     ) -> None:
-        names = [task.name for task in tasks]
+        names = [*(task.name for task in tasks), *means(tasks)]
         if not tasks or len(set(names)) < len(names):
             raise UserError(
                 f"ExtrapolationEvaluation: tasks are {', '.join(names) or 'none'}: give at least one, each with a "
@@ -132,9 +133,11 @@ class ExtrapolationEvaluation(L.Callback):
             reach = task.reach()
             longest = max((n for n in self.lengths if reach is None or n <= reach), default=0)
             told = f"{task.name} to {label(longest)}" if longest else f"{task.name}: no length is within its documents"
-            short = reach is not None and longest < self.lengths[-1]
-            mend = f"it has documents for {reach:,} tokens: add distractors, or leave longer memories out"
-            findings.append(Finding("run", "evaluation", told, "warning" if short else "ok", mend if short else ""))
+            if reach is None or longest == self.lengths[-1]:
+                findings.append(Finding("run", "evaluation", told))
+            else:
+                mend = f"it has documents for {reach:,} tokens: add distractors, or leave longer memories out"
+                findings.append(Finding("run", "evaluation", told, "warning", mend))
         return findings
 
     def _open(self, data: PackedMemory) -> None:
@@ -182,7 +185,7 @@ class ExtrapolationEvaluation(L.Callback):
         folder = Path(trainer.default_root_dir)
         ranks = Ranks.here()
         assert self.report is not None
-        metrics = {task.name: task.metric for task in self.tasks}
+        metrics = headlines(self.tasks)
         tell = partial(_tell, step=step, metrics=metrics)
         lengths = self.lengths[:1] if trainer.fast_dev_run else self.lengths  # type: ignore[attr-defined]
         evaluator = Evaluator(self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
@@ -232,6 +235,8 @@ class ExtrapolationEvaluation(L.Callback):
 
     def _settings(self) -> dict[str, Any]:
         about = {task.name: dict(task.about()) for task in self.tasks}
+        for name, tasks in means(self.tasks).items():
+            about[name] = {"mean of": ", ".join(task.name for task in tasks)}
         settings = {**asdict(self.ask), "keys": self.keys, "budget_s": self.budget_s, "tasks": about}
         if "dense" in self.baselines:
             settings["dense_model"] = self.dense_model

@@ -31,7 +31,7 @@ def draw_curves(report: Report, evaluation: Evaluation) -> Figure:
         axes.axvline(report.trained, color="grey", linestyle=":", lw=1, label="trained length")
         axes.set_xticks(lengths, [_below(n, report) for n in lengths], fontsize=8)
         axes.set(title=task, ylabel=metric)
-        axes.legend(fontsize=7, loc="best")
+    draw_legend(figure)
     return figure
 
 
@@ -58,15 +58,22 @@ def draw_lines(axes: Any, cells: Sequence[Row], metric: str, colour: str, name: 
         axes.fill_between(tokens, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.13, lw=0)
 
 
+def draw_legend(figure: Figure) -> None:
+    """One legend below all panels: in a panel it would hide what many lines show."""
+    named = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = max(int(figure.get_figwidth() // 2.8), 1)  # inches that the longest name takes
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+
+
 def draw_depths(report: Report, evaluation: Evaluation) -> Figure:
-    """The model's headline score by the memory's length and the place of the answer, a panel per task."""
+    """The model's headline score by the memory's length and the place of the answer, a panel per task that was
+    measured; a mean over tasks has no places."""
     model = evaluation.rows[0].method
-    figure, drawn = panels(len(evaluation.metrics), 5.6, 3.6)
-    for axes, (task, metric) in zip(drawn, evaluation.metrics.items(), strict=False):
-        cells = evaluation.cells(task, model)
-        axes.set(title=f"{task}: {metric}", xlabel="tokens of memory", ylabel="place of the answer")
-        if not cells:
-            continue
+    cells_of = {task: evaluation.cells(task, model) for task in evaluation.metrics}
+    shown_of = {task: cells for task, cells in cells_of.items() if any(cell.depths for cell in cells)}
+    figure, drawn = panels(max(len(shown_of), 1), 5.6, 3.6)
+    for axes, (task, cells) in zip(drawn, shown_of.items(), strict=False):
+        axes.set(title=f"{task}: {evaluation.metrics[task]}", xlabel="tokens of memory", ylabel="place of the answer")
         value = np.array([[mean if n else np.nan for mean, n in cell.depths] for cell in cells]).T
         image = axes.imshow(value, aspect="auto", vmin=0, vmax=1, cmap="viridis", origin="upper")
         for (band, place), shown in np.ndenumerate(value):

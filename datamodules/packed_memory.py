@@ -59,6 +59,8 @@ class PackedMemory(PackSource):
         queries_per_pack: Queries that share the documents of a pack: all of them learn from one encoding. A number
             below 1 is the share of the document tokens that their contexts take.
         answer_share: Share of the queries that go on from retrieval to injected text and answer.
+        distractors: Documents of the pack that do not answer, which an answered query reads beside those that do, as
+            when a router hands over more than are needed: from none to so many, drawn.
         negatives: Mined negatives that every query brings into its pack, by who mined them: `{bm25: 2}`, or the folder
             that `msa-train mine` wrote. The rest of a pack's documents are the other queries' and random ones.
         train_split: Split to train on.
@@ -82,6 +84,7 @@ class PackedMemory(PackSource):
         document_tokens: int | dict[int, int] = 65_536,
         queries_per_pack: float = 16,
         answer_share: float = 0.25,
+        distractors: int = 0,
         negatives: dict[str, int] | None = None,
         train_split: str = "train",
         val_splits: tuple[str, ...] = ("test",),
@@ -100,7 +103,7 @@ class PackedMemory(PackSource):
         self._check(
             vocab_size=(vocab_size, 300), max_document_tokens=(max_document_tokens, 1), val_packs=(val_packs, 0),
             overfit_packs=(overfit_packs, 0), num_workers=(num_workers, 0), seed=(seed, 0),
-            document_parallel=(document_parallel, 1),
+            document_parallel=(document_parallel, 1), distractors=(distractors, 0),
         )  # fmt: skip
         if not 0 <= answer_share <= 1:
             raise UserError(f"data.answer_share is {answer_share}: give a share between 0 and 1")
@@ -113,7 +116,7 @@ class PackedMemory(PackSource):
         self.document_parallel = document_parallel
         self.routing_words: RoutingWords = routing_words
         last = self.curriculum[max(self.curriculum)]
-        self.packing = PackingConfig(last, queries_per_pack, answer_share, chunk_size, seed)
+        self.packing = PackingConfig(last, queries_per_pack, answer_share, chunk_size, seed, distractors)
         self.data: Collection | None = None
 
     def _check(self, **given: tuple[int, int]) -> None:

@@ -70,7 +70,8 @@ class Packer:
             answer = len(self._answer(asked))
             if asked.steps:
                 labels += self.protocol.labels(
-                    [number[row] for row in asked.steps[-1]], answer if asked.answered else None
+                    None if asked.distractors else [number[row] for row in asked.steps[-1]],
+                    answer if asked.answered else None,
                 )
             else:
                 labels += answer + 1
@@ -81,7 +82,8 @@ class Packer:
         if not asked.steps:
             return self.protocol.instruction(question, answer)
         steps = [sorted((source[row] for row in step), key=lambda one: one.number) for step in asked.steps]
-        return self.protocol.context(question, steps, answer if asked.answered else None)
+        others = [source[row] for row in asked.distractors]
+        return self.protocol.context(question, steps, answer if asked.answered else None, others)
 
     def _answer(self, asked: Asked) -> list[int]:
         answer = self.data.answer(asked.query) if asked.answered else None
@@ -98,10 +100,8 @@ class Packer:
             if not asked.steps:
                 excluded_QD[query] = True
                 continue
-            known = [row for step in self.data.steps(asked.query) for row in step] + self.data.related(asked.query)
-            excluded_QD[query, [number for row in known for number in same.get(int(self.data.digest_D[row]), ())]] = (
-                True
-            )
+            known = self.planner.known(asked.query)
+            excluded_QD[query, [number for digest in known for number in same.get(digest, ())]] = True
             wanted = [place[row] for row in asked.steps[-1]]
             positive_QD[query, wanted], excluded_QD[query, wanted] = True, False
         return positive_QD, excluded_QD

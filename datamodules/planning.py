@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ class PackingConfig:
         answer_share: Share of a pack's questions that go on from the last retrieval step to injected text and answer.
         chunk_size: Tokens per chunk, as the model has it.
         seed: Draws queries, negatives and the documents' order.
+        distractors: Documents that do not answer, which an answered question reads beside those that do; from none to
+            so many, drawn.
     """
 
     document_tokens: int
@@ -45,6 +47,7 @@ class PackingConfig:
     answer_share: float
     chunk_size: int
     seed: int
+    distractors: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class Asked:
         query: Row of the query.
         steps: Documents of the steps so far; those of the last are to be found. None for an instruction.
         answered: Whether the answer follows.
+        distractors: Documents that it reads beside those of the last step before it answers.
     """
 
     query: int
     steps: tuple[tuple[int, ...], ...]
     answered: bool
+    distractors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,11 @@ class Planner:
     def longest_context(self, protocol: Protocol) -> int:
         """Tokens that a context of this split may have, at most."""
         rows, data = np.concatenate(self.rows), self.data
-        text = 2 * data.question_length_Q[rows] + data.answer_length_Q[rows] + self.need[rows]
+        steps = np.concatenate([store.step_sizes.lengths() for store in data.stores])[rows]
+        answered = data.answer_length_Q[rows] > 0
+        read = np.where(answered | (steps > 1), self.need[rows], 0)  # else numbers are written, and nothing is read
+        read += answered * self.config.distractors * (int(data.length_D.max()) + self.most_wrapping)
+        text = 2 * data.question_length_Q[rows] + data.answer_length_Q[rows] + read
         return int(text.max()) + round(protocol.context_tokens(0, [[0] * MOST_POSITIVES], 1, 1.0))
 
     def plan(self, index: int) -> Plan:
@@ -157,6 +166,8 @@ class Planner:
         self._fill(rng, pack)
         order = list(pack.documents)
         rng.shuffle(order)
+        if self.config.distractors:
+            asked = [self._with_distractors(rng, one, order) for one in asked]
         return Plan(asked, order)
 
     def _ask(self, rng: np.random.Generator, queries: list[int]) -> list[Asked]:
@@ -174,6 +185,21 @@ class Planner:
             room = self.config.document_tokens // MOST_SHARE // len(steps)
             asked.append(Asked(query, tuple(self._at_most(rng, step, room) for step in steps[:last]), row in answered))
         return asked
+
+    def known(self, query: int) -> set[int]:
+        """Digests of the documents that are known to be relevant to a query, at whatever step."""
+        rows = [row for step in self.data.steps(query) for row in step] + self.data.related(query)
+        return set(self.data.digest_D[rows].tolist())
+
+    def _with_distractors(self, rng: np.random.Generator, asked: Asked, documents: Sequence[int]) -> Asked:
+        """An answered question with documents of its pack that it reads in vain."""
+        number = int(rng.integers(self.config.distractors + 1)) if asked.answered and asked.steps else 0
+        if not number:
+            return asked
+        known = self.known(asked.query)
+        drawn = rng.permutation(len(documents))[: number + len(known)].tolist()
+        others = [documents[place] for place in drawn if int(self.data.digest_D[documents[place]]) not in known]
+        return replace(asked, distractors=tuple(others[:number]))
 
     def _at_most(self, rng: np.random.Generator, step: list[int], room: int) -> tuple[int, ...]:
         """A step's documents, or as many of them as one pack takes, drawn; at least one."""
@@ -262,7 +288,9 @@ class Planner:
         question = len(data.question(query))
         steps = [[int(data.length_D[row]) for row in step[:MOST_POSITIVES]] for step in data.steps(query)]
         answer = data.answer(query)
-        return protocol.context_tokens(question, steps, 0 if answer is None else len(answer), share)
+        written = protocol.context_tokens(question, steps, 0 if answer is None else len(answer), share)
+        read = self.config.distractors / 2 * (float(data.length_D.mean()) + self.most_wrapping)
+        return written + (share * read if answer is not None and steps else 0.0)
 
     def _check_documents(self, wrapping: int) -> None:
         budget, longest = self.config.document_tokens, int(self.data.length_D.argmax())

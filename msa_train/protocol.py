@@ -191,9 +191,14 @@ class Protocol:
         """Tokens that `document` adds to the text of the document with this number."""
         return 2 + len(self._dotted(number)) + len(self._number(number))
 
-    def labels(self, numbers: Sequence[int], answer: int | None) -> int:
-        """Labelled tokens of a context that names these documents and has an answer of this many tokens."""
-        steps = sum(len(self._number(number)) for number in numbers) + 1
+    def labels(self, numbers: Sequence[int] | None, answer: int | None) -> int:
+        """Labelled tokens of a context.
+
+        Args:
+            numbers: Documents that it names; None where it was handed them.
+            answer: Tokens of its answer, or None where it has none.
+        """
+        steps = 0 if numbers is None else sum(len(self._number(number)) for number in numbers) + 1
         return (
             steps if answer is None else steps + len(self._fixed[STOP]) + len(self._fixed[ANSWER.rstrip()]) + answer + 1
         )
@@ -220,7 +225,11 @@ class Protocol:
         return share * answered + (1 - share) * sum(drawn) / len(drawn)
 
     def context(
-        self, question: Sequence[int], steps: Sequence[Sequence[Source]], answer: Sequence[int] | None = None
+        self,
+        question: Sequence[int],
+        steps: Sequence[Sequence[Source]],
+        answer: Sequence[int] | None = None,
+        distractors: Sequence[Source] = (),
     ) -> Context:
         """One active context: a question and a retrieval step; after the last one, with an answer, that as well.
 
@@ -229,12 +238,15 @@ class Protocol:
             steps: Documents of every step up to the one to learn, each in the order in which it names them. Those
                 before the last are given: their text stands in the context and routes like the question.
             answer: Token ids of `" " + answer`, or None to end after the retrieval step.
+            distractors: Documents that a router handed over with those of the last step. The step is then read, not
+                learnt: nobody shall write the numbers of documents that do not answer.
         """
         *given, wanted = steps
         draft, routing = self._ask(question, given)
-        draft.add(self.retrieval([source.number for source in wanted]), label=True)
+        read = sorted([*wanted, *distractors], key=lambda source: source.number) if distractors else wanted
+        draft.add(self.retrieval([source.number for source in read]), label=not distractors)
         if answer is not None:
-            self._inject(draft, wanted)
+            self._inject(draft, read)
             draft.add(self.stop, label=True)
             draft.add(self.repetition(question))
             draft.add([*self.lead, *answer, self.end], label=True)

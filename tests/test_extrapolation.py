@@ -12,10 +12,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import ExtrapolationEvaluation
+from callbacks.figures import draw_curves, draw_depths
 from datamodules import RetrievalTask
 from msa_train import cli
 from msa_train.errors import UserError
-from msa_train.evaluation.report import Report
+from msa_train.evaluation.evaluate import DEPTHS, Row
+from msa_train.evaluation.report import Evaluation, Report
+from msa_train.evaluation.scores import Mean
 
 Arguments = Callable[..., list[str]]
 RANKED = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 7, "per_memory": 3}}
@@ -24,6 +27,7 @@ NEEDLE = {
     "class_path": "datamodules.NeedleTask",
     "init_args": {"task": "niah_single_1", "samples": 2, "document_tokens": 128},
 }
+KEYS = {**NEEDLE, "init_args": {**NEEDLE["init_args"], "task": "niah_multikey_2", "samples": 3}}  # type: ignore[dict-item]
 ASK = {"max_new_tokens": 4, "documents": 2, "max_steps": 1}
 
 
@@ -102,12 +106,38 @@ def test_what_it_leaves_behind(tiny_run: Arguments, tmp_path: Path, capsys: pyte
 
 
 def test_testing_a_checkpoint_measures_what_training_did(tiny_run: Arguments, tmp_path: Path) -> None:
-    flags = evaluated([RANKED, ANSWERED, NEEDLE], lengths=["512", "1K"])
+    flags = evaluated([RANKED, NEEDLE, ANSWERED, KEYS], lengths=["512", "1K"])
     cli.build(["fit", *tiny_run(tmp_path, steps=10, **flags)])
     trained = cells(tmp_path / "tiny")
     (tmp_path / "tiny" / "report.json").unlink()
     cli.build(["test", *tiny_run(tmp_path, steps=10, ckpt_path="last", **flags)])
-    assert cells(tmp_path / "tiny") == trained and len(trained) == 3 * 3 * 2
+    assert cells(tmp_path / "tiny") == trained and len(trained) == 3 * 5 * 2
+
+    mean = trained["router", "niah_mean_of_2", 512]["accuracy"]
+    alone = [trained["router", task, 512]["accuracy"] for task in ("niah_single_1", "niah_multikey_2")]
+    assert mean["value"] == pytest.approx(sum(one["value"] for one in alone) / 2) and mean["n"] == 2 + 3
+    last = Report.open(tmp_path / "tiny").evaluations[-1]
+    assert list(last.metrics)[1:3] == ["niah_mean_of_2", "niah_single_1"]
+    assert last.settings["tasks"]["niah_mean_of_2"] == {"mean of": "niah_single_1, niah_multikey_2"}
+    events = EventAccumulator(str(tmp_path / "tiny"))
+    events.Reload()
+    wanted = {"512", "gold_recall/1K", "BM25/512"}
+    assert {f"extrapolation/niah_mean_of_2/{tag}" for tag in wanted} <= set(events.Tags()["scalars"])
+
+
+def test_the_depth_figure_has_a_panel_for_every_task_that_was_measured_but_none_for_a_mean() -> None:
+    mean = Mean(0.5, 0.25, 0.75, 4)
+    depths = ((0.5, 2),) * DEPTHS
+    rows = [
+        Row("router", "one", 512, scores={"accuracy": mean}, depths=depths), Row("router", "two", 512, note="left out"),
+        Row("router", "niah_mean_of_2", 512, scores={"accuracy": mean}),
+    ]  # fmt: skip
+    metrics = {"niah_mean_of_2": "accuracy", "one": "accuracy", "two": "accuracy"}
+    evaluation = Evaluation(1, 1.0, {}, rows, metrics)
+    report = Report(256, 8, [evaluation])
+    assert [axes.get_title() for axes in draw_depths(report, evaluation).axes if axes.get_title()] == ["one: accuracy"]
+    shown = [axes.get_title() for axes in draw_curves(report, evaluation).axes if axes.get_visible()]
+    assert shown == list(metrics)
 
 
 def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) -> None:

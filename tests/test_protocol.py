@@ -55,6 +55,19 @@ def test_context_reads_as_published(protocol: Protocol) -> None:
     assert len(labelled) == protocol.labels([4, 17], len(protocol.text(" by the river")))
 
 
+def test_documents_that_were_handed_over_in_vain_are_read_and_their_numbers_not_learnt(protocol: Protocol) -> None:
+    fox, hare = source(protocol, 4, "A fox."), source(protocol, 17, "A hare.")
+    answer = protocol.text(" by the river")
+    context = protocol.context(protocol.text("Where?"), [[hare]], answer, [fox])
+    both = protocol.context(protocol.text("Where?"), [[fox, hare]], answer)
+    assert context.tokens == both.tokens and context.routing == both.routing, "by number, as a router's choice is"
+    labelled = [token for token, label in zip(context.tokens, context.labelled, strict=True) if label]
+    assert protocol.tokenizer.decode(labelled) == (
+        "<End-of-Retrieve>The answer to the question is: by the river<|im_end|>"
+    )
+    assert len(labelled) == protocol.labels(None, len(answer))
+
+
 def test_only_the_users_words_route_unless_asked(tokenizer: PreTrainedTokenizerBase) -> None:
     for words, wanted in (("question", "Where?"), ("prompt", None)):
         protocol = Protocol(tokenizer, words)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ class CorpusTask(Task):
 
     Args:
         split: Split whose questions are asked.
-        corpus: Whose questions; by default the run's own. As data.corpus.
+        corpus: Whose questions, one or several; by default the run's own. As data.corpus.
         distractors: Further corpora whose documents fill up longer memories.
         questions: Questions asked, at most, drawn by the seed.
         per_memory: Questions that share a memory. The shortest memory must hold the documents that answer them.
@@ -43,7 +43,7 @@ class CorpusTask(Task):
     def __init__(
         self,
         split: str = "test",
-        corpus: str | None = None,
+        corpus: str | tuple[str, ...] | None = None,
         distractors: tuple[str, ...] = (),
         questions: int = 96,
         per_memory: int = 16,
@@ -54,7 +54,8 @@ class CorpusTask(Task):
             raise UserError(f"{type(self).__name__}: give at least 1 question, and 1 per memory")
         if seed < 0:
             raise UserError(f"{type(self).__name__}: seed is {seed}: give 0 or more")
-        self.split, self.corpus, self.distractors = split, corpus, tuple(distractors)
+        self.split, self.distractors = split, tuple(distractors)
+        self.corpora = (corpus,) if isinstance(corpus, str) else tuple(corpus or ())
         self.questions, self.per_memory, self.seed = questions, per_memory, seed
         self.name = name or self._named(split)
 
@@ -65,8 +66,8 @@ class CorpusTask(Task):
     def open(self, protocol: Protocol, data: PackSource) -> None:
         """Opens the corpora, and draws questions and pool."""
         assert isinstance(data, PackedMemory) and data.data is not None
-        own = list(data.corpora) if self.corpus is None else [self.corpus]
-        if self.corpus is None and not self.distractors:
+        own = self.corpora or tuple(data.corpora)
+        if not self.corpora and not self.distractors:
             self.data = data.data
         else:
             root = cache_root() / "stores"
@@ -136,7 +137,7 @@ class CorpusTask(Task):
     def pool_name(self) -> str:
         """Tasks with the same questions share it."""
         rows = hashlib.sha256(self.pool_rows.tobytes()).hexdigest()[:16]
-        return f"{self.corpus}:{','.join(self.distractors)}:{rows}"
+        return f"{','.join(self.corpora)}:{','.join(self.distractors)}:{rows}"
 
     def pool(self, length: int) -> Sequence[Passage]:
         """The shuffled documents, as many as fill a memory of this length."""

@@ -13,13 +13,11 @@ from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from datamodules.splitting import sentence_ends
+from datamodules.tasks.ruler import HALVES, Half
 from msa_train.errors import UserError
 
-Half = Literal["evaluation", "training"]
-HALVES: tuple[Half, ...] = ("evaluation", "training")
 FILE = "state_of_the_union.txt.xz"
 SHA256 = "9a78e56c596de2ae26537c132d7b878944810b00d521189030441cfca750940c"
 

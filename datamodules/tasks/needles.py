@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from datamodules.tasks.cutting import CutText, Inserted
-from datamodules.tasks.haystacks import Half, prose_of, shipped_prose
-from datamodules.tasks.ruler import ANSWER_TOKENS, DEPTHS, NOISE, SETTINGS, Drawn, Name, draw, lines
+from datamodules.tasks.haystacks import prose_of, shipped_prose
+from datamodules.tasks.ruler import ANSWER_TOKENS, DEPTHS, NOISE, SETTINGS, Drawn, Half, Name, draw, lines
 from msa_train.errors import UserError
 from msa_train.evaluation.prompts import flat_prompt
 from msa_train.evaluation.scores import containment
@@ -73,7 +73,7 @@ class NeedleTask(Task):
         document_tokens: Tokens of a document before a needle is put into it.
         haystack_path: A text file in the place of the shipped addresses, read whole by the tasks that hide needles in
             prose.
-        half: The half of the shipped addresses: one is for evaluation, the other to make training data of.
+        half: The half of the shipped addresses and of the words: one is for evaluation, the other to train on.
         answer_prefix: `ruler` begins the answer with RULER's words, `none` does not. Results of the two are not
             comparable.
         seed: Of all that is drawn.
@@ -83,6 +83,7 @@ class NeedleTask(Task):
     """
 
     metric = "accuracy"
+    group = "niah"
     answers = True
 
     def __init__(
@@ -115,13 +116,15 @@ class NeedleTask(Task):
     def open(self, protocol: Protocol, data: PackSource | None = None) -> None:
         """Reads the haystack; the run's data is not asked for."""
         self._protocol = protocol
-        self._digest = ""
+        sentences: Iterator[str] = repeat(NOISE)
+        self._haystack = "noise"
         if self.setting.haystack == "essay":
             prose = shipped_prose(self.half) if self.haystack_path is None else prose_of(self.haystack_path)
-            self._digest, sentences = prose.digest, cycle(prose.sentences)
-            self._text = self._cut(self.pool_name, sentences)
-        elif self.setting.haystack == "noise":
-            self._text = self._cut(self.pool_name, repeat(NOISE))
+            self._haystack, sentences = f"essay-{prose.digest}", cycle(prose.sentences)
+        elif self.setting.haystack == "needle":
+            self._haystack = f"{self.name}-{self.half}-{self.seed}"
+            sentences = lines(self.setting, Random(self._haystack), self.half)
+        self._text = CutText(self.pool_name, sentences, self.separator, self.document_tokens, protocol)
 
     def reach(self) -> None:
         """None: haystacks have no end."""
@@ -129,13 +132,10 @@ class NeedleTask(Task):
     @property
     def pool_name(self) -> str:
         """The same for tasks with the same haystack."""
-        name = {"essay": f"essay-{self._digest}", "noise": "noise", "needle": "none"}[self.setting.haystack]
-        return f"{name}-{self.document_tokens}"
+        return f"{self._haystack}-{self.document_tokens}"
 
     def pool(self, length: int) -> Sequence[Passage]:
-        """The haystack's documents; none where the haystack is other needles, which every sample has its own of."""
-        if self.setting.haystack == "needle":
-            return []
+        """The haystack's documents."""
         self._text.grow(tokens=length)
         return self._text.documents[: self._text.within(length)]
 
@@ -168,13 +168,11 @@ class NeedleTask(Task):
 
     def _sample(self, length: int, number: int) -> _Sample:
         random = Random(f"{self.seed}/{self.name}/{length}/{number}")
-        drawn = draw(self.setting, random)
-        places, haystack = random.getrandbits(64), Random(random.getrandbits(64))
-        name = f"{self.name}/{length}/{number}"
-        text = self._cut(name, lines(self.setting, haystack)) if self.setting.haystack == "needle" else self._text
+        drawn = draw(self.setting, random, self.half)
         lead = drawn.lead if self.answer_prefix == "ruler" else ""
         frame = flat_prompt(self._protocol, drawn.preamble, [], self.separator, drawn.question, lead)
-        return _Sample(name, number, drawn, lead, text, len(frame), places)
+        name, places = f"{self.name}/{length}/{number}", random.getrandbits(64)
+        return _Sample(name, number, drawn, lead, self._text, len(frame), places)
 
     def _largest(self, sample: _Sample, length: int) -> int:
         """The most units of haystack that a sample has room for."""
@@ -191,7 +189,7 @@ class NeedleTask(Task):
 
     def _trial(self, sample: _Sample, length: int, units: int) -> Trial:
         laid = self._fitting(sample, length, units)
-        haystack, drawn = sample.text.documents, sample.drawn
+        haystack, drawn = self._text.documents, sample.drawn
         own = {number: self._passage(f"{sample.name}/{number}", text) for number, text in laid.changed.items()}
         documents = [own.get(number) or haystack[number - 1] for number in range(1, laid.last + 1)]
         sizes = [len(document.tokens) for document in documents]
@@ -199,9 +197,7 @@ class NeedleTask(Task):
         gold = tuple(sorted({number for number, wanted in holders if wanted}))
         depth = sum(sizes[: gold[0] - 1]) / sum(sizes)
         asked = Asked(f"{sample.number}", drawn.question, gold, drawn.answers, depth, sample.lead, drawn.preamble)
-        if self.setting.haystack == "needle":
-            return Trial(0, dict(enumerate(documents, start=1)), (asked,), sum(sizes))
-        assert laid.whole <= sample.text.within(length)
+        assert laid.whole <= self._text.within(length)
         return Trial(laid.whole, own, (asked,), sum(sizes))
 
     def _fitting(self, sample: _Sample, length: int, units: int) -> Inserted:
@@ -220,6 +216,3 @@ class NeedleTask(Task):
 
     def _passage(self, name: str, text: str) -> Passage:
         return Passage(name, text, np.asarray(self._protocol.text(f" {text}"), np.int32))
-
-    def _cut(self, name: str, sentences: Iterator[str]) -> CutText:
-        return CutText(name, sentences, self.separator, self.document_tokens, self._protocol)

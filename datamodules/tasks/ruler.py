@@ -20,6 +20,8 @@ Name = Literal[
     "niah_multivalue", "niah_multiquery",
 ]  # fmt: skip
 Kind = Literal["words", "numbers", "uuids"]
+Half = Literal["evaluation", "training"]
+HALVES: tuple[Half, ...] = ("evaluation", "training")
 
 ANSWER_TOKENS = 128  # room that a length has for the answer
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -82,6 +84,7 @@ class Drawn:
     Args:
         needles: The sentences to hide, in the order in which they are placed.
         wanted: Which of them answer.
+        keys: What is asked for.
         preamble: What is said before the text.
         question: What is asked.
         lead: What RULER begins the answer with, without the space before it.
@@ -90,24 +93,27 @@ class Drawn:
 
     needles: tuple[str, ...]
     wanted: tuple[bool, ...]
+    keys: tuple[str, ...]
     preamble: str
     question: str
     lead: str
     answers: tuple[str, ...]
 
 
-def draw(setting: Setting, random: Random) -> Drawn:
+def draw(setting: Setting, random: Random, half: Half = "evaluation") -> Drawn:
     """Draws a sample's needles and which of them are asked for."""
-    keys = [_one(setting.key, random) for _ in range(setting.keys)]
-    needles = [(key, _one(setting.value, random)) for key in range(setting.keys) for _ in range(setting.values)]
+    keys = [one(setting.key, random, half) for _ in range(setting.keys)]
+    needles = [(key, one(setting.value, random)) for key in range(setting.keys) for _ in range(setting.values)]
     asked = random.sample(range(setting.keys), setting.asked)
     placed = [needles[place] for place in ORDER[len(needles)]]
     single = setting.asked * setting.values == 1
     words = {"kind": setting.value.removesuffix("s") if single else setting.value}
-    words["query"] = _listed([keys[key] for key in asked])
+    names = tuple(keys[key] for key in asked)
+    words["query"] = listed(list(names))
     return Drawn(
         needles=tuple(NEEDLE.format(kind=setting.value, key=keys[key], value=value) for key, value in placed),
         wanted=tuple(key in asked for key, _ in placed),
+        keys=names,
         preamble=(ONE_PREAMBLE if single else PREAMBLE).format(**words),
         question=(ONE_QUESTION if single else QUESTION).format(**words),
         lead=(ONE_LEAD if single else LEAD).format(**words),
@@ -115,19 +121,35 @@ def draw(setting: Setting, random: Random) -> Drawn:
     )
 
 
-def lines(setting: Setting, random: Random) -> Iterator[str]:
+def lines(setting: Setting, random: Random, half: Half = "evaluation") -> Iterator[str]:
     """Needles without end: the haystack of the tasks that hide a needle among needles."""
     while True:
-        key = _one(setting.key, random)
-        yield NEEDLE.format(kind=setting.value, key=key, value=_one(setting.value, random))
+        key = one(setting.key, random, half)
+        yield NEEDLE.format(kind=setting.value, key=key, value=one(setting.value, random))
 
 
-def _one(kind: Kind, random: Random) -> str:
+def one(kind: Kind, random: Random, half: Half = "evaluation") -> str:
+    """A key or a value.
+
+    Args:
+        kind: What it is made of.
+        random: Draws it.
+        half: Words for evaluation are RULER's, an adjective and a noun. Those for training are two nouns, so that no
+            pair of words is in both: nouns that are adjectives too never come first.
+    """
     if kind == "numbers":
         return str(random.randint(1_000_000, 9_999_999))
     if kind == "uuids":
         return str(uuid.UUID(int=random.getrandbits(128), version=4))
-    return f"{random.choice(word_list('adjective'))}-{random.choice(word_list('noun'))}"
+    first = word_list("adjective") if half == "evaluation" else first_nouns()
+    return f"{random.choice(first)}-{random.choice(word_list('noun'))}"
+
+
+@cache
+def first_nouns() -> tuple[str, ...]:
+    """Nouns that are no adjective, nor begin with one and a hyphen."""
+    adjectives = set(word_list("adjective"))
+    return tuple(noun for noun in word_list("noun") if noun.split("-")[0] not in adjectives)
 
 
 @cache
@@ -137,6 +159,6 @@ def word_list(kind: Literal["adjective", "noun"]) -> tuple[str, ...]:
     return tuple(sorted({line.rstrip() for line in text.splitlines()}))
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: list[str]) -> str:
     """Keys as a question names them: "a", or "a, b, c, and d"."""
     return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"

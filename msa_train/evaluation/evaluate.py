@@ -2,8 +2,9 @@
 
 The shortest memories come first, so that whatever there is time for, there is a curve from its beginning. A cell
 (method, task, length) for which the time would not do is left out with a note, and so are the longer ones; one that
-takes longer than foreseen ends early, with the questions that it came to. The invariant: apart from where time ends it,
-a cell's scores depend on the method, the task and the length alone.
+takes longer than foreseen ends early, with the questions that it came to. Behind the cells of a length come the means
+over tasks. The invariant: apart from where time ends it, a cell's scores depend on the method, the task and the length
+alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 
 from msa_train.errors import UserError
 from msa_train.evaluation.judge import Judge
@@ -19,7 +21,7 @@ from msa_train.evaluation.methods import Beyond, Method, Reply
 from msa_train.evaluation.pace import Pace
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.scores import RANKED, Mean, found_share, ranking_scores
-from msa_train.evaluation.task import Asked, Memory, Task
+from msa_train.evaluation.task import Asked, Memory, Task, means
 
 TOGETHER = 16  # questions that a method gets at a time, at least
 DEPTHS = 10  # bands of a depth heat map
@@ -27,16 +29,17 @@ DEPTHS = 10  # bands of a depth heat map
 
 @dataclass(frozen=True)
 class Row:
-    """A cell: what a method scores on a task with memories of one length.
+    """A cell: what a method scores on a task with memories of one length; or the mean over several tasks.
 
     Args:
         method: Its name.
-        task: Its name.
+        task: Its name, or that of the mean.
         length: Tokens asked for.
         tokens: Tokens of the memories, on average.
         documents: Documents of the memories, on average.
         scores: Mean of every score; none where nothing was asked.
-        depths: Of the task's own score, mean and questions in every tenth of the memory that holds the answer.
+        depths: Of the task's own score, mean and questions in every tenth of the memory that holds the answer; none
+            of a mean over tasks.
         seconds: Time that it took, encoding included.
         note: What is to be said of it.
     """
@@ -109,6 +112,9 @@ class Evaluator:
         ranks: Who takes part.
         tell: Told of every cell as it is done, on the first rank.
         clock: Seconds from anywhere.
+
+    Raises:
+        UserError: The tasks of a group have different headline scores.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Evaluator:
         assert list(lengths) == sorted(set(lengths)) and len({task.name for task in tasks}) == len(tasks)
         self.tasks, self.lengths, self.k, self.budget_s = tasks, lengths, k, budget_s
         self.judge, self.ranks, self.tell, self.clock = judge, ranks, tell, clock
+        self.means = means(tasks)
 
     def run(self, methods: Mapping[str, Callable[[], Method]]) -> tuple[list[Row], list[Record]]:
         """Every cell's row and every question's record, on the first rank; nothing on the others.
@@ -151,6 +158,7 @@ class Evaluator:
         """Cells as they are done, on the first rank."""
         pace = Pace(method.growth)
         for length in self.lengths:
+            done: dict[str, tuple[Row, list[Record]]] = {}
             for task in self.tasks:
                 foreseen = self.ranks.together(partial(self._foreseen, method, task, length, deadline, pace))
                 note = self.ranks.told(foreseen)
@@ -163,7 +171,12 @@ class Evaluator:
                     pace.took(task, length, cell.preparing, seconds - cell.preparing)
                 row = self.ranks.together(partial(self._row, method, task, length, cell, seconds))
                 if row is not None:
-                    yield row, cell.records
+                    done[task.name] = row, cell.records
+                    yield done[task.name]
+            for name, tasks in self.means.items():
+                row = self.ranks.together(partial(self._mean, name, tasks, done))
+                if row is not None:
+                    yield row, []
 
     def _foreseen(self, method: Method, task: Task, length: int, deadline: float, pace: Pace) -> str:
         """Why a cell is left out; empty if it is not."""
@@ -260,6 +273,14 @@ class Evaluator:
         self.tell(row)
         return row
 
+    def _mean(self, name: str, tasks: Sequence[Task], done: Mapping[str, tuple[Row, list[Record]]]) -> Row | None:
+        """The row of a mean over tasks, once it is told; nothing on the other ranks."""
+        if self.ranks.rank > 0:
+            return None
+        row = _over(name, [done[task.name] for task in tasks])
+        self.tell(row)
+        return row
+
     def _summary(self, method: Method, task: Task, length: int, cell: _Cell, seconds: float) -> Row:
         if not cell.records:
             return Row(method.name, task.name, length, note=cell.note, seconds=seconds)
@@ -281,6 +302,27 @@ class Evaluator:
             seconds=seconds,
             note=cell.note,
         )
+
+
+def _over(name: str, done: Sequence[tuple[Row, list[Record]]]) -> Row:
+    """The mean over several tasks' cells of one method and length."""
+    rows = [row for row, _ in done]
+    mean = Row(rows[0].method, name, rows[0].length, seconds=sum(row.seconds for row in rows))
+    missing = [row.task for row in rows if not row.scores]
+    if missing:
+        return replace(mean, note=f"no mean without {', '.join(missing)}")
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    return replace(
+        mean,
+        tokens=fmean(row.tokens for row in rows),
+        documents=fmean(row.documents for row in rows),
+        scores={
+            score: Mean.over([[one.scores[score] for one in records if score in one.scores] for _, records in done])
+            for score in rows[0].scores
+            if all(score in row.scores for row in rows)
+        },
+        note="; ".join(f"{note} ({', '.join(row.task for row in rows if row.note == note)})" for note in notes),
+    )
 
 
 def _record(

@@ -34,7 +34,7 @@ class Evaluation:
         seconds: Time that it took.
         settings: How it was done, for the record.
         rows: Its cells.
-        metrics: Headline score of every task.
+        metrics: Headline score of every task and of every mean over tasks, in the order of the tables.
     """
 
     step: int

@@ -44,11 +44,29 @@ class Mean:
         >>> Mean.of([1.0, 1.0, 1.0])
         Mean(value=1.0, low=1.0, high=1.0, n=3)
         """
-        sample = np.asarray(values, np.float64)
+        return Mean.over([values], draws, seed)
+
+    @staticmethod
+    def over(samples: Sequence[Sequence[float]], draws: int = 2000, seed: int = 0) -> Mean:
+        """The plain mean of several tasks' means, however many questions each has; `n` counts all questions.
+
+        Args:
+            samples: Scores of every task, one per question. Questions are resampled within their task.
+            draws: Resamples.
+            seed: Of the resampling alone; no global generator is touched.
+
+        >>> Mean.over([[1.0, 1.0], [0.0]])
+        Mean(value=0.5, low=0.5, high=0.5, n=3)
+        """
         generator = np.random.default_rng(seed)
-        means = np.array([sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(draws)])
-        low, high = np.quantile(means, [0.025, 0.975])
-        return Mean(float(sample.mean()), float(low), float(high), len(sample))
+        means = []
+        for scores in samples:
+            task = np.asarray(scores, np.float64)
+            drawn = [task[generator.integers(len(task), size=len(task))].mean() for _ in range(draws)]
+            means.append([task.mean(), *drawn])
+        value, *resampled = np.mean(means, axis=0)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        return Mean(float(value), float(low), float(high), sum(map(len, samples)))
 
     def told(self) -> str:
         """As a table has it.

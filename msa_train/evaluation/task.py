@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from msa_train.errors import UserError
 from msa_train.memory import Passage
 from msa_train.protocol import Protocol
 from msa_train.source import PackSource
@@ -91,6 +92,8 @@ class Task(ABC):
     """Names it in tables and TensorBoard."""
     metric: str
     """The score that its curve shows."""
+    group: str = ""
+    """Tasks of one group also get a row with the plain mean of their scores, where all of them were measured."""
     answers: bool = True
     """Whether answers are written; otherwise documents are ranked alone."""
     judged: bool = False
@@ -143,3 +146,26 @@ class Task(ABC):
             answer: The answer alone: nothing that was retrieved or injected.
         """
         raise TypeError(f"{self.name} ranks documents; it has no answers")
+
+
+def means(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    """What means over tasks there are: the tasks of every group of several, by the name of their mean.
+
+    Raises:
+        UserError: The tasks of a group have different headline scores.
+    """
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    several = {group: found for group, found in groups.items() if group and len(found) > 1}
+    for group, found in several.items():
+        if len({task.metric for task in found}) > 1:
+            told = ", ".join(f"{task.name} by {task.metric}" for task in found)
+            raise UserError(f"group '{group}': {told}: only tasks of one headline score have a mean; part the group")
+    return {f"{group}_mean_of_{len(found)}": found for group, found in several.items()}
+
+
+def headlines(tasks: Sequence[Task]) -> dict[str, str]:
+    """The headline score of every task and mean by name, a mean before the first of its tasks."""
+    before = {found[0].name: name for name, found in means(tasks).items()}
+    return {name: task.metric for task in tasks for name in (before.get(task.name), task.name) if name is not None}

@@ -206,6 +206,25 @@ def test_text_that_imitates_the_protocol_stays_text_in_a_pack(packer: Packer, pr
     assert forged > 5
 
 
+def test_distractors_answer_nothing_and_are_of_the_pack(data: Collection, protocol: Protocol) -> None:
+    packer = Packer(Planner(data, protocol, "train", replace(CONFIG, distractors=3)), protocol)
+    plain = Packer(Planner(data, protocol, "train", CONFIG), protocol)
+    read = Counter[int]()
+    for index in range(400):
+        plan, pack = packer.plan(index), packer.pack(index)
+        assert [replace(one, distractors=()) for one in plan.asked] == plain.plan(index).asked
+        assert plan.documents == plain.plan(index).documents, "nothing else of a pack depends on them"
+        assert packer.counts(index) == (len(pack.contexts.label_target_N), pack.asked)
+        for row, one in enumerate(plan.asked):
+            assert not one.distractors or (one.answered and one.steps)
+            places = [plan.documents.index(document) for document in one.distractors]
+            assert len(set(places)) == len(places)
+            assert not (pack.positive_QD | pack.excluded_QD)[row, places].any()
+            if one.answered and one.steps:
+                read[len(places)] += 1
+    assert set(read) == {0, 1, 2, 3} and max(read.values()) < 1.3 * min(read.values())
+
+
 def test_a_documents_number_carries_no_meaning(packer: Packer) -> None:
     """Over many packs the same document stands everywhere."""
     places: dict[int, list[float]] = {}

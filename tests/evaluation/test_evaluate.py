@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from msa_train.errors import UserError
 from msa_train.evaluation.evaluate import DEPTHS, TOGETHER, Evaluator, Record, Row
 from msa_train.evaluation.methods import Beyond, Method, Reply, Routed
 from msa_train.evaluation.scores import Mean
-from msa_train.evaluation.task import Asked, Memory, Task, Trial
+from msa_train.evaluation.task import Asked, Memory, Task, Trial, headlines
 from msa_train.generation import AskConfig
 from msa_train.memory import encoding
 from msa_train.model import MemorySparseModel
@@ -187,6 +190,103 @@ def test_a_judge_that_cannot_be_reached_costs_its_grades_alone(protocol: Protoco
     assert notes(rows) == {("told", 10): ungraded, ("told", 20): ungraded,
                            ("told", 40): "left out: takes about 40 s, 39 s are left"}  # fmt: skip
     assert all(set(row.scores) == {"right", "letters", "empty"} for row in rows[:2]) and len(records) == 6
+
+
+# --- means over tasks --------------------------------------------------------------------------------------------
+
+
+def test_a_mean_over_tasks_is_resampled_within_each_of_them() -> None:
+    """Against every resample there is, counted one by one: 2^2 * 3^3 * 4^4 of them."""
+    tasks = [[1.0, 0.75], [0.0, 0.25, 0.125], [0.5, 0.25, 0.625, 0.5]]
+    every = [
+        fmean(fmean(drawn) for drawn in resample)
+        for resample in product(*(product(task, repeat=len(task)) for task in tasks))
+    ]
+    assert len(every) == 27_648
+    mean = Mean.over(tasks, draws=20_000)
+    assert mean.value == pytest.approx((7 / 8 + 1 / 8 + 15 / 32) / 3) and mean.n == 9
+    assert (mean.low, mean.high) == pytest.approx(np.quantile(every, [0.025, 0.975]), abs=0.01)
+    pooled = Mean.of(sum(tasks, []))
+    assert mean.value - pooled.value > 0.02, "every task counts as much, however few its questions"
+    assert mean.high - mean.low < (pooled.high - pooled.low) / 2, "that tasks differ is no doubt about their mean"
+    assert Mean.over(tasks) == Mean.over(tasks), "the same draws every time"
+
+
+def test_equal_scores_have_no_interval_however_many_tasks() -> None:
+    mean = Mean.over([[0.1] * 3, *([[0.7] * 5] * 7), [0.3]])
+    assert mean.low == mean.value == mean.high and mean.n == 39
+
+
+def in_group(task: HandTask, name: str, group: str = "rivers") -> HandTask:
+    task.name, task.group = name, group
+    return task
+
+
+def test_tasks_of_a_group_have_their_mean_behind_them(protocol: Protocol) -> None:
+    """Two questions of three are right in one, one of two in the other."""
+    deep = {length: [trial(protocol, 8, {4: 15, 6: 18})] for length in (10, 20)}
+    tasks = [
+        in_group(rivers(protocol), "wide"), in_group(rivers(protocol), "other", "lonely"),
+        in_group(HandTask(pool(protocol), deep), "deep"), rivers(protocol, answers=False),
+    ]  # fmt: skip
+    clock, told = Clock(), list[Row]()
+
+    class Told(ToldMethod):
+        def rank(self, task: Task, memories: Sequence[Memory], k: int) -> list[list[list[int]]]:
+            return [[[1] for _ in memory.trial.asked] for memory in memories]
+
+    def reply(memory: Memory, asked: Asked) -> Reply:
+        return Reply("" if asked.id in ("q9", "q15") else asked.answers[0], asked.gold)
+
+    rows, records = run(tasks, (10, 20), lambda: Told(reply, clock=clock, seconds=float), clock=clock, tell=told.append)
+    names = ["wide", "other", "deep", "finding", "rivers_mean_of_2"]
+    assert [(row.task, row.length) for row in rows] == [(name, length) for length in (10, 20) for name in names]
+    assert told == rows and len(records) == 2 * (3 + 3 + 2 + 3), "a mean has no questions of its own"
+    mean = rows[4]
+    assert mean.scores["right"] == Mean.over([[1.0, 0.0, 1.0], [0.0, 1.0]]) and mean.scores["right"].n == 5
+    assert mean.scores["right"].value == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert mean.scores["empty"] == Mean.over([[0.0, 1.0, 0.0], [1.0, 0.0]])
+    assert set(mean.scores) == {"right", "letters", "empty", "gold_recall"}
+    assert (mean.method, mean.tokens, mean.documents, mean.seconds) == ("told", 650.0, 6.5, 20.0)
+    assert mean.depths == () and mean.note == ""
+    assert list(headlines(tasks).items()) == [
+        ("rivers_mean_of_2", "right"), ("wide", "right"), ("other", "right"), ("deep", "right"),
+        ("finding", "recall@1"),
+    ]  # fmt: skip
+
+
+def test_a_mean_has_the_scores_that_all_its_tasks_have(protocol: Protocol) -> None:
+    tasks = [in_group(rivers(protocol), "judged"), in_group(rivers(protocol), "exact")]
+    tasks[1].judged = False
+    judged, _, mean = run(tasks, [10], lambda: ToldMethod(right), judge=StubJudge(5, None, 2))[0]
+    assert set(judged.scores) - set(mean.scores) == {"judge"} and len(mean.scores) == 3
+
+
+def test_a_mean_says_which_of_its_tasks_ended_early_and_which_it_lacks(protocol: Protocol) -> None:
+    """Of length 20, foreseen with 4 s each, the first task takes 16 s and the second is late after 8; the third has no
+    documents for it in another run."""
+    clock = Clock()
+    tasks = [in_group(many(protocol, 2 * TOGETHER), name) for name in ("first", "second")]
+    per_batch = {10: 1.0, 20: 8.0, 40: 1.0}
+    rows, _ = run(
+        tasks, LENGTHS, lambda: ToldMethod(right, clock=clock, seconds=per_batch.__getitem__), clock=clock,
+        budget_s=27.0,
+    )  # fmt: skip
+    means = [row for row in rows if row.task == "rivers_mean_of_2"]
+    assert [row.note for row in means] == [
+        "", "ended early: no time for more questions (second)", "no mean without first, second",
+    ]  # fmt: skip
+    assert [row.scores["right"].n if row.scores else 0 for row in means] == [4 * TOGETHER, 3 * TOGETHER, 0]
+
+    tasks = [in_group(rivers(protocol), "first"), in_group(rivers(protocol, reach=19), "third")]
+    *_, third, mean = run(tasks, (10, 20), lambda: ToldMethod(right))[0]
+    assert (third.task, mean.note, mean.scores) == ("third", "no mean without third", {})
+
+
+def test_tasks_of_different_scores_have_no_mean(protocol: Protocol) -> None:
+    tasks = [in_group(rivers(protocol), "answers"), in_group(rivers(protocol, answers=False), "finding")]
+    with pytest.raises(UserError, match=r"group 'rivers': answers by right, finding by recall@1: only tasks of one"):
+        run(tasks, [10])
 
 
 # --- the budget --------------------------------------------------------------------------------------------------

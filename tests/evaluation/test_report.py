@@ -215,6 +215,25 @@ def test_whatever_was_left_out_has_its_reason_beside_it(report: Report) -> None:
     assert "after 5 steps" in alone and "Trained on packs of 3,000 document tokens" in alone
 
 
+def test_a_mean_over_tasks_stands_before_them_and_says_what_it_is_of(report: Report) -> None:
+    last = report.evaluations[-1]
+    mean = [replace(row("router", "niah_mean_of_2", length, 0.5), depths=()) for length in (4 * K, 16 * K)]
+    lacking = Row("bm25", "niah_mean_of_2", 4 * K, note="no mean without answers")
+    told = replace(
+        last,
+        rows=[*last.rows, *mean, lacking],
+        metrics={"niah_mean_of_2": "f1", **last.metrics},
+        settings={"tasks": {"niah_mean_of_2": {"mean of": "finding, answers"}}},
+    )
+    whole = Report.of(json.loads(text(replace(report, evaluations=[last, told]))))
+    markdown = whole.markdown()
+    assert markdown.index("## niah_mean_of_2") < markdown.index("## finding")
+    first, *_, course = tables(markdown)
+    assert first[1] == ["router", "0.500 [0.38, 0.56] n=20", "0.500 [0.38, 0.56] n=20", "0.0%"]
+    assert course[0] == ["step", "niah_mean_of_2", "finding", "answers"] and course[1][1] == "–"
+    assert "* bm25, 4K (1x): no mean without answers\n\nRecorded: mean of finding, answers.\n" in markdown
+
+
 def test_settings_sizes_and_the_latest_step_are_told(report: Report) -> None:
     told = report.markdown()
     assert told.startswith("# Extrapolation after 700 steps\n") and "mode router, keys bfloat16; k is 16." in told

@@ -13,7 +13,7 @@ import pytest
 
 from datamodules.tasks import NeedleTask, haystacks
 from datamodules.tasks.haystacks import Prose, addresses, shipped_prose
-from datamodules.tasks.ruler import ANSWER_TOKENS, NOISE, SETTINGS
+from datamodules.tasks.ruler import ANSWER_TOKENS, NOISE, SETTINGS, word_list
 from msa_train.errors import UserError
 from msa_train.evaluation import Task
 from msa_train.evaluation.prompts import flat_prompt
@@ -52,6 +52,13 @@ def open_task(protocol: Protocol, name: str, **arguments: Any) -> NeedleTask:
 def prompt_tokens(protocol: Protocol, task: Task, length: int, trial: Trial) -> list[int]:
     (asked,) = trial.asked
     return flat_prompt(protocol, asked.preamble, texts(task, length, trial), task.separator, asked.text, asked.lead)
+
+
+def hidden_key(trial: Trial) -> str:
+    """The key that is asked for."""
+    found = re.search(r" for (.+?) mentioned", trial.asked[0].text)
+    assert found is not None
+    return found[1]
 
 
 def hidden(text: str) -> list[tuple[str, str]]:
@@ -126,18 +133,35 @@ def test_the_cut_does_not_know_the_needles(
 
 
 @pytest.mark.parametrize("name", ["niah_multikey_2", "niah_multikey_3"])
-def test_where_the_haystack_is_needles_all_documents_are_the_samples_own(
+def test_where_the_haystack_is_needles_samples_share_it_and_hide_one_of_their_own(
     opened: dict[str, NeedleTask], drawn: dict[Any, list[Trial]], name: str
 ) -> None:
-    seen = set()
+    pool, asked = opened[name].pool(4096), set()
+    lines = [line for passage in pool for line in passage.text.split("\n")]
+    assert len(set(lines)) == len(lines), "every line says something new"
     for trial in drawn[name, 4096]:
         found = texts(opened[name], 4096, trial)
-        assert trial.pool == 0 and list(trial.own) == list(range(1, len(found) + 1)) and len(found) > 3
-        assert opened[name].pool(4096) == []
-        seen.add(found[0])
-        sizes = [len(hidden(text)) for text in found]
-        assert min(sizes[:-1]) > 1, "several needles a document"
-    assert len(seen) == SAMPLES
+        whole = "\n".join(found).split("\n")
+        (own,) = set(whole) - set(lines)
+        assert own.endswith(f"{trial.asked[0].answers[0]}.") and len(found) > 3
+        whole.remove(own)
+        assert whole == lines[: len(whole)]
+        assert len(trial.own) <= 2, "the rest is the pool's"
+        assert min(len(hidden(text)) for text in found[:-1]) > 1, "several needles a document"
+        asked.add(own)
+    assert len(asked) == SAMPLES
+
+
+def test_words_for_training_are_no_keys_of_evaluation(protocol: Protocol) -> None:
+    adjectives = set(word_list("adjective"))
+    task = open_task(protocol, "niah_multikey_2", half="training")
+    evaluated = open_task(protocol, "niah_multikey_2")
+    keys, others = (
+        [key for passage in one.pool(20_000) for key, _ in hidden(passage.text)] for one in (task, evaluated)
+    )
+    assert len(keys) > 300 and not any(key.startswith(f"{word}-") for key in keys for word in adjectives)
+    assert all(any(key.startswith(f"{word}-") for word in adjectives) for key in others)
+    assert all(asked not in adjectives for trial in task.trials(1536) for asked in [hidden_key(trial).split("-")[0]])
 
 
 # --- length --------------------------------------------------------------------------------------------------------
@@ -204,10 +228,10 @@ def test_without_rulers_prefix_the_answer_begins_freely(protocol: Protocol) -> N
 # --- the pool ------------------------------------------------------------------------------------------------------
 
 
-def test_essay_tasks_share_one_pool_and_noise_has_its_own(opened: dict[str, NeedleTask]) -> None:
+def test_essay_tasks_share_one_pool_and_the_others_have_their_own(opened: dict[str, NeedleTask]) -> None:
     names = {task: opened[task].pool_name for task in TASKS}
     assert len({names[task] for task in ESSAYS}) == 1 and len(ESSAYS) == 5
-    assert len(set(names.values())) == 3 and names["niah_multikey_2"] == names["niah_multikey_3"]
+    assert len(set(names.values())) == 4
     first, *others = (opened[task].pool(4096) for task in ESSAYS)
     for other in others:
         assert [(p.id, p.text, list(p.tokens)) for p in other] == [(p.id, p.text, list(p.tokens)) for p in first]
