@@ -19,7 +19,7 @@ from msa_train.evaluation.prompts import piece
 from msa_train.memory import Passage
 from msa_train.protocol import Protocol
 
-BATCH = 256  # sentences tokenised at once
+BATCH = 512  # sentences tokenised at once, in parallel where the tokenizer can
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, repeat
 from random import Random
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -31,6 +32,8 @@ from msa_train.source import PackSource
 
 AnswerPrefix = Literal["ruler", "none"]
 SHORT = 4096  # RULER drops fewer lines below this length
+# What tokenizers have cut, by the pool's name: five tasks have one haystack, which only grows.
+_CUT: WeakKeyDictionary[Protocol, dict[str, CutText]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,10 @@ class NeedleTask(Task):
         elif self.setting.haystack == "needle":
             self._haystack = f"{self.name}-{self.half}-{self.seed}"
             sentences = lines(self.setting, Random(self._haystack), self.half)
-        self._text = CutText(self.pool_name, sentences, self.separator, self.document_tokens, protocol)
+        cut = _CUT.setdefault(protocol, {})
+        if self.pool_name not in cut:
+            cut[self.pool_name] = CutText(self.pool_name, sentences, self.separator, self.document_tokens, protocol)
+        self._text = cut[self.pool_name]
 
     def reach(self) -> None:
         """None: haystacks have no end."""
