@@ -60,7 +60,7 @@ class PackedMemory(PackSource):
             below 1 is the share of the document tokens that their contexts take.
         answer_share: Share of the queries that go on from retrieval to injected text and answer.
         distractors: Documents of the pack that do not answer, which an answered query reads beside those that do, as
-            when a router hands over more than are needed: from none to so many, drawn.
+            when a router hands over more than are needed: from none to so many, drawn; mined negatives first.
         negatives: Mined negatives that every query brings into its pack, by who mined them: `{bm25: 2}`, or the folder
             that `msa-train mine` wrote. The rest of a pack's documents are the other queries' and random ones.
         train_split: Split to train on.

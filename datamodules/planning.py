@@ -39,7 +39,7 @@ class PackingConfig:
         chunk_size: Tokens per chunk, as the model has it.
         seed: Draws queries, negatives and the documents' order.
         distractors: Documents that do not answer, which an answered question reads beside those that do; from none to
-            so many, drawn.
+            so many, drawn. Mined negatives of the question come first, which are what a router would hand over.
     """
 
     document_tokens: int
@@ -196,9 +196,10 @@ class Planner:
         number = int(rng.integers(self.config.distractors + 1)) if asked.answered and asked.steps else 0
         if not number:
             return asked
-        known = self.known(asked.query)
-        drawn = rng.permutation(len(documents))[: number + len(known)].tolist()
-        others = [documents[place] for place in drawn if int(self.data.digest_D[documents[place]]) not in known]
+        known, present = self.known(asked.query), set(documents)
+        mined = [row for miner, _ in self.mined for row in miner.of(asked.query) if row in present]
+        drawn = [documents[place] for place in rng.permutation(len(documents))[: number + len(known)].tolist()]
+        others = [row for row in dict.fromkeys([*mined, *drawn]) if int(self.data.digest_D[row]) not in known]
         return replace(asked, distractors=tuple(others[:number]))
 
     def _at_most(self, rng: np.random.Generator, step: list[int], room: int) -> tuple[int, ...]:

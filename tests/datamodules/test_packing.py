@@ -225,6 +225,20 @@ def test_distractors_answer_nothing_and_are_of_the_pack(data: Collection, protoc
     assert set(read) == {0, 1, 2, 3} and max(read.values()) < 1.3 * min(read.values())
 
 
+def test_a_questions_own_mined_negatives_are_read_first(data: Collection, protocol: Protocol) -> None:
+    mined = Mined(data, [mine_bm25(store) for store in data.stores])
+    planner = Planner(data, protocol, "train", replace(CONFIG, distractors=3), [(mined, 2)])
+    held = full = 0
+    for index in range(200):
+        plan = planner.plan(index)
+        for one in plan.asked:
+            own = [row for row in mined.of(one.query) if row in plan.documents]
+            assert list(one.distractors[: len(own)]) == own[: len(one.distractors)]
+            held += bool(own and one.distractors)
+            full += len(one.distractors) > len(own) > 0
+    assert held > 50 and full > 3
+
+
 def test_a_documents_number_carries_no_meaning(packer: Packer) -> None:
     """Over many packs the same document stands everywhere."""
     places: dict[int, list[float]] = {}
