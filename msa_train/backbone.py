@@ -3,7 +3,7 @@
 A folder may carry routers as well, and `msa_config` says what memory they were trained for: that of `msa-train export`,
 whose `model_type` is the backbone's own, and that of the published code, whose `model_type` is `msa` and whose backbone
 is Qwen3. The invariant: both are the plain decoder to transformers, and no code of a folder is run. A folder of routers
-alone (apart.py) stands for the backbone that it names, wherever that lies.
+alone (apart.py) stands for the backbone that it names, wherever that lies, with the folder's adapters merged into it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from msa_train.apart import ROUTERS, Home, restore_rows
+from msa_train.apart import ADAPTERS, ROUTERS, Home, restore_rows
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
+from msa_train.lora import LoRA, check_adapters_in, merge, restore_adapters
 
 MEMORY, OURS = "msa_config", "msa_train"  # keys of config.json: what is published, and what this project adds
 PUBLISHED = "msa"  # the published model_type
@@ -36,22 +37,26 @@ WHEN_MISSING = {**COMPUTED, "head_reduce_method": "max", "decouple_router": Fals
 COSINE = "INFONCE"  # the published losses of this name are over cosines, the other one is not
 
 
-def open_backbone(name: str, dtype: torch.dtype | None, elsewhere: str | None = None) -> PreTrainedModel:
+def open_backbone(
+    name: str, dtype: torch.dtype | None, elsewhere: str | None = None, adapters: LoRA | None = None
+) -> PreTrainedModel:
     """A Hugging Face causal language model.
 
     Args:
         name: Folder or hub name for trained weights; a `*.json` file (a config.json) for random ones of that shape.
         dtype: Precision of the weights; None for that in which they are kept.
         elsewhere: Where the backbone is, if `name` is of routers alone and their backbone is not where they say.
+        adapters: The adapters that lie beside such routers, if they are to stay adapters; None merges them.
 
     Raises:
-        UserError: It cannot be opened, some of its weights are missing, or routers alone belong to another one.
+        UserError: It cannot be opened, some of its weights are missing, or routers alone belong to another one, or are
+            not whole.
     """
     config = open_config(name)
     home = check_home(name, elsewhere)
     if home is not None:
         kept: Any = config.dtype
-        return _open_elsewhere(name, home, elsewhere or home.name, dtype or kept)
+        return _open_elsewhere(name, home, elsewhere or home.name, dtype or kept, adapters)
     if name.endswith(".json"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     routed = open_memory(name) is not None
@@ -74,11 +79,18 @@ def open_backbone(name: str, dtype: torch.dtype | None, elsewhere: str | None = 
     return backbone
 
 
-def _open_elsewhere(name: str, home: Home, elsewhere: str, dtype: torch.dtype) -> PreTrainedModel:
+def _open_elsewhere(
+    name: str, home: Home, elsewhere: str, dtype: torch.dtype, adapters: LoRA | None
+) -> PreTrainedModel:
+    beside = open_adapters(name)
     backbone = open_backbone(elsewhere, dtype)
     home.check_weights(backbone, _place(name, elsewhere))
     fit_vocabulary(backbone, open_config(name).vocab_size)
-    restore_rows(backbone, home, weight_files(name)[0])
+    file = weight_files(name)[0]
+    restore_rows(backbone, home, file)
+    restore_adapters(file, backbone, adapters or beside)
+    if beside is not None and adapters is None:
+        merge(backbone)
     return backbone
 
 
@@ -126,6 +138,37 @@ def open_home(name: str) -> Home | None:
         UserError: It cannot be opened, or names its backbone incompletely.
     """
     return Home.read(_read_config(name).get(OURS), f"'{name}'")
+
+
+def open_adapters(name: str) -> LoRA | None:
+    """The adapters that lie beside routers alone; None where there are none.
+
+    Args:
+        name: As for `open_backbone`.
+
+    Raises:
+        UserError: It cannot be opened, or says nothing readable of them.
+    """
+    if open_home(name) is None:
+        return None
+    try:
+        return LoRA.of(_read_config(name)[OURS].get(ADAPTERS), f"'{name}'")
+    except UserError as error:
+        raise UserError(f"{error}; export the routers again") from error
+
+
+def check_adapters_beside(name: str, backbone: PreTrainedModel) -> None:
+    """Holds the adapters beside routers alone against their backbone; no weight is read.
+
+    Args:
+        name: As for `open_backbone`.
+        backbone: The decoder, on any device.
+
+    Raises:
+        UserError: They are missing, or of other layers or sizes; or peft is missing.
+    """
+    if open_home(name) is not None:
+        check_adapters_in(weight_files(name)[0], backbone, open_adapters(name))
 
 
 def open_config(name: str) -> PreTrainedConfig:

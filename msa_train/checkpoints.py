@@ -15,7 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from msa_train.backbone import fit_vocabulary, open_backbone, open_config, open_memory, weight_files
+from msa_train.backbone import (
+    fit_vocabulary,
+    open_adapters,
+    open_backbone,
+    open_config,
+    open_memory,
+    weight_files,
+)
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.folder_files import FolderReader, read_facts
@@ -158,9 +165,15 @@ def check_adapters(lora: LoRA | None, checkpoint: dict[str, Any], place: str) ->
 
 
 def restore(
-    backbone_name: str, msa: MSAConfig, dtype: torch.dtype, path: Path, tokens: int, kernels: Kernels
+    backbone_name: str,
+    msa: MSAConfig,
+    dtype: torch.dtype,
+    path: Path,
+    tokens: int,
+    kernels: Kernels,
+    merged: bool = True,
 ) -> MemorySparseModel:
-    """The trained model of a checkpoint, on the CPU; adapters are merged into the backbone's weights.
+    """The trained model of a checkpoint, on the CPU.
 
     Args:
         backbone_name: Folder, hub name or config.json of the backbone; its shape alone is read.
@@ -169,6 +182,7 @@ def restore(
         path: The checkpoint.
         tokens: Size of the tokenizer.
         kernels: Which implementations to run.
+        merged: Whether adapters are merged into the backbone's weights.
 
     Raises:
         UserError: It is no checkpoint, or of another architecture.
@@ -182,24 +196,26 @@ def restore(
         model = MemorySparseModel(backbone, msa, kernels)
     check_architecture(model, checkpoint, str(path))
     model.load_state_dict({name.removeprefix(PREFIX): weight for name, weight in checkpoint["state_dict"].items()})
-    if lora is not None:
+    if lora is not None and merged:
         merge(backbone)
     return model
 
 
-def restore_exported(name: str, msa: MSAConfig, backbone: str | None = None) -> MemorySparseModel:
+def restore_exported(name: str, msa: MSAConfig, backbone: str | None = None, merged: bool = True) -> MemorySparseModel:
     """The trained model of a folder that holds a backbone and its routers, on the CPU, in the precision of its weights.
 
     Args:
         name: Folder or hub name.
         msa: The memory's sizes.
         backbone: Where the backbone is, if the folder is of routers alone and it is not where they say.
+        merged: Whether adapters that lie beside them are merged into its weights.
 
     Raises:
         UserError: Some of the weights are missing, of other sizes, or cannot be read.
     """
+    adapters = None if merged else open_adapters(name)
     with torch.random.fork_rng(devices=[]):
-        model = MemorySparseModel(open_backbone(name, None, backbone), msa)
+        model = MemorySparseModel(open_backbone(name, None, backbone, adapters), msa)
     load_routers(model, name)
     return model
 

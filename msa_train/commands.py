@@ -233,7 +233,8 @@ def export(
         run: Folder of a trained run, or a checkpoint in one.
         out: Folder to write; it must not exist, or be empty.
         dtype: Precision of the weights; that of the run by default.
-        only: `routers` for these alone, of a run that trained nothing else: small, and opened with their backbone.
+        only: `routers` for these alone, and adapters where it has them, of a run that trained nothing else: small, and
+            opened with their backbone.
         backbone: Where that backbone is, if not where it was in training; the folder then names it so.
     """
     folder = export_run(run, out, dtype, only, backbone)

@@ -9,7 +9,7 @@
 To transformers it is the plain backbone, to this library a run or the start of one, to the published code its model.
 Routers alone (apart.py) have routers.safetensors in the place of all weights, and are a run to this library alone.
 The invariant: a weight is written as it was trained, or rounded to the precision asked for, and nothing else happens to
-it; and the folder is there when all of it is, and not before.
+it but that adapters are merged, in that precision; and the folder is there when all of it is, and not before.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from msa_train.apart import ROUTERS, Home, check_untrained, grown_rows
+from msa_train.apart import ADAPTERS, ROUTERS, Home, check_untrained, grown_rows
 from msa_train.backbone import MEMORY, OURS, open_backbone, open_home, published_memory
 from msa_train.checkpoints import BACKBONE_PREFIX, DTYPES
 from msa_train.errors import UserError
+from msa_train.lora import adapters_of, merge, own_weights
 from msa_train.runs import EXPORTED, RECALL, Run, frozen_backbone, open_run
 
 DType = Literal["bfloat16", "float32"]
@@ -49,7 +50,7 @@ def export_run(
         name: As for `open_run`.
         out: The folder to write; it must not exist, or be empty.
         dtype: Precision of the weights; None for the run's.
-        only: `routers` leaves the backbone out: the folder says which one it is.
+        only: `routers` leaves the backbone out: the folder says which one it is. Adapters go with them.
         backbone: Where that is, if not where it was in training.
 
     Returns:
@@ -66,10 +67,12 @@ def export_run(
     apart = (Path(name) / EXPORTED).is_file() and open_home(str(name)) is not None
     if backbone is not None and not apart and only is None:
         raise UserError("--backbone goes with --only routers, or with a folder of routers alone")
-    run = open_run(name, backbone if apart else None)
-    home = None if home_name is None else _home(run, home_name)
+    run = open_run(name, backbone if apart else None, merged=False)
     if dtype is not None:
-        run.model.to(DTYPES[dtype])
+        run.model.to(DTYPES[dtype])  # before adapters are merged, for so they are where they go apart
+    home = None if home_name is None else _home(run, home_name)
+    if home is None and run.lora is not None:
+        merge(run.model.backbone)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
@@ -89,7 +92,7 @@ def _home(run: Run, name: str) -> Home:
     began = open_backbone(name, model.dtype)
     home = Home.of(name, began)
     home.check_sizes(model.config, began.config, f"'{name}'")
-    check_untrained(model, began, f"'{name}'")
+    check_untrained(own_weights(model), began, f"'{name}'")
     return home
 
 
@@ -113,7 +116,7 @@ def _write(run: Run, folder: Path, home: Home | None) -> None:
 def _write_routers(run: Run, folder: Path, home: Home) -> None:
     backbone = run.model.backbone
     routers = {name.removeprefix(BACKBONE_PREFIX): weight for name, weight in run.model.router_parameters()}
-    tensors = {**routers, **grown_rows(backbone, home)}
+    tensors = {**routers, **grown_rows(backbone, home), **adapters_of(backbone)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ROUTERS, {"format": "pt"})
     config = copy.deepcopy(backbone.config)
     config.dtype = backbone.dtype
@@ -148,6 +151,7 @@ def _additions(run: Run, home: Home | None) -> dict[str, Any]:
             "routing_words": run.protocol.routing_words,
             "max_document_tokens": run.max_document_tokens,
             **({} if home is None else home.facts),
+            **({} if home is None or run.lora is None else {ADAPTERS: run.lora.facts}),
         },
     }
 
@@ -160,15 +164,15 @@ def model_card(run: Run) -> str:
 
 def routers_card(run: Run, home: Home) -> str:
     """The README.md of routers alone: which backbone they belong to, and how to open both."""
-    return ROUTERS_CARD.format(table=_table(run), backbone=home.name)
+    beside = "" if run.lora is None else BESIDE
+    return ROUTERS_CARD.format(table=_table(run), backbone=home.name, beside=beside)
 
 
 def _table(run: Run) -> str:
     model, config = run.model, run.model.backbone.config
-    backbone, routers = (
-        sum(weight.numel() for _, weight in weights)
-        for weights in (model.backbone_parameters(), model.router_parameters())
-    )
+    routers = sum(weight.numel() for _, weight in model.router_parameters())
+    adapters = sum(weight.numel() for weight in adapters_of(model.backbone).values())
+    backbone = sum(weight.numel() for _, weight in model.backbone_parameters()) - adapters
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     rows = {
         "backbone": f"{config.model_type}, {backbone:,} parameters, {dtype}",
@@ -176,10 +180,21 @@ def _table(run: Run) -> str:
         "heads": f"{config.num_attention_heads}, {config.num_key_value_heads} of keys and values",
         "vocabulary": f"{config.vocab_size:,}",
         "routers": f"{routers:,} parameters, in layers {', '.join(map(str, model.routed_layers))}",
+        **_adapters(run, adapters),
         "chunk": f"{model.config.chunk_size} tokens",
         "selected documents": f"{model.config.top_k} per query and layer",
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _adapters(run: Run, numbers: int) -> dict[str, str]:
+    """What a card's table says of adapters."""
+    if run.lora is None:
+        return {}
+    where = f"{numbers:,} parameters" if numbers else "merged into the backbone"
+    facts = run.lora.facts
+    sizes = f"rank {facts['rank']}, alpha {facts['alpha']:g}, on {', '.join(facts['targets'])}"
+    return {"adapters": f"LoRA of {sizes}; {where}"}
 
 
 CARD = """---
@@ -244,7 +259,7 @@ without it: `{backbone}`. Trained and exported by `msa-train`.
 {table}
 
 `routers.safetensors` has them under the published names, config.json the backbone's sizes and the memory's.
-
+{beside}
 ## With a memory
 
 ```bash
@@ -256,4 +271,9 @@ The backbone is opened from `{backbone}`; `--backbone WHERE` opens it from elsew
 weights is refused.
 
 `msa-train fit --model.backbone FOLDER` starts a further run from both, and `msa-train test` with it tests them.
+"""
+
+BESIDE = """
+Adapters were trained with them, on layers of that backbone. They lie in the same file, under the names that the decoder
+has for them once it has them, and are merged into its weights when both are opened: that needs peft.
 """

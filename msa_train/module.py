@@ -10,6 +10,7 @@ held-out queries, routed over their whole pack.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from functools import partial
@@ -24,7 +25,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
-from msa_train.backbone import check_home, fit_vocabulary, open_backbone, open_config, open_home
+from msa_train.backbone import (
+    check_adapters_beside,
+    check_home,
+    fit_vocabulary,
+    open_adapters,
+    open_backbone,
+    open_config,
+    open_home,
+)
 from msa_train.checkpoints import (
     DTYPES,
     PREFIX,
@@ -68,7 +77,8 @@ class MemorySparseModule(L.LightningModule):
         weight_decay: On matrices; norms, biases and embeddings have none.
         betas: AdamW's.
         init_from: Checkpoint whose weights to start from, or a folder of routers alone, which are then those to start
-            from. Unlike --ckpt_path, steps and optimiser start anew.
+            from; adapters beside them go on in a run with the same `lora`, and are merged in one without. Unlike
+            --ckpt_path, steps and optimiser start anew.
         kernels: Which implementations to run, where there are several.
         recompute: What is computed again in the backward pass to save memory: `layers` what happens within each layer,
             `documents` all of the documents, 8,192 tokens at a time, for packs longer than memory holds.
@@ -158,9 +168,12 @@ class MemorySparseModule(L.LightningModule):
             raise UserError(f"model.init_from: no such checkpoint '{self.init_from}'")
         model = self.blank(tokens)
         check_home(self.backbone_name)
+        check_adapters_beside(self.backbone_name, model.backbone)
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
         if source is not None and not self._resuming and _routers_alone(source):
             check_home(str(source), self.backbone_name)
+            self._adapters_in(str(source))
+            check_adapters_beside(str(source), model.backbone)
             load_routers(model, str(source))  # onto no device: names and shapes alone
         elif source is not None:
             saved = read_checkpoint(source)
@@ -200,8 +213,11 @@ class MemorySparseModule(L.LightningModule):
     def _started(self, checkpoint: str | None) -> MemorySparseModel:
         """The model before training, or with a checkpoint's weights, or with routers alone."""
         if checkpoint is not None and _routers_alone(Path(checkpoint)):
-            rank_zero_info(f"msa-train: model.init_from: routers alone; the backbone is {self.backbone_name}")
-            return self._drawn(checkpoint, self.backbone_name)
+            adapters = self._adapters_in(checkpoint)
+            merged = adapters is None and open_adapters(checkpoint) is not None
+            words = "routers alone, their adapters merged" if merged else "routers alone"
+            rank_zero_info(f"msa-train: model.init_from: {words}; the backbone is {self.backbone_name}")
+            return self._drawn(checkpoint, self.backbone_name, adapters)
         model = self.untrained()
         if checkpoint is not None:
             saved = read_checkpoint(Path(checkpoint))
@@ -215,14 +231,28 @@ class MemorySparseModule(L.LightningModule):
         any, and else routers as they are drawn."""
         return self._drawn(self.backbone_name)
 
-    def _drawn(self, name: str, elsewhere: str | None = None) -> MemorySparseModel:
+    def _adapters_in(self, folder: str) -> LoRA | None:
+        """The run's adapters, if those of routers alone are to go into them; None if they are merged."""
+        theirs = open_adapters(folder)
+        if theirs is None or self.lora is None:
+            return None
+        if theirs.facts != self.lora.facts:
+            raise UserError(
+                f"{folder}: its adapters are of model.lora {json.dumps(theirs.facts)}, this run has "
+                f"{json.dumps(self.lora.facts)}: give the same to train them on, none to have them merged, or start "
+                "with --model.backbone from that folder, which merges them and puts new ones beside"
+            )
+        return self.lora
+
+    def _drawn(self, name: str, elsewhere: str | None = None, adapters: LoRA | None = None) -> MemorySparseModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # alike on all ranks, whatever was drawn since seed_everything
-            backbone = open_backbone(name, DTYPES[self.dtype_name], elsewhere)
+            backbone = open_backbone(name, DTYPES[self.dtype_name], elsewhere, adapters)
             tokenizer = self._tokenizer()
             if tokenizer is not None:
                 fit_vocabulary(backbone, len(tokenizer))
-            adapt(backbone, self.lora)
+            if adapters is None:
+                adapt(backbone, self.lora)
             model = MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
         load_routers(model, name)
         return model
@@ -416,8 +446,7 @@ class MemorySparseModule(L.LightningModule):
 
     def validation_step(self, pack: MemoryPack, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Routes held-out queries over their whole pack."""
-        _, phase, _ = self.timeline.at(max(self.steps_done() - 1, 0))
-        output, lm_sum, routing_sum = self._losses(pack, phase)
+        output, lm_sum, routing_sum = self._losses(pack, self._phase_measured())
         if pack.counted:
             labels = len(pack.contexts.label_target_N)
             self.held_out[dataloader_idx].update(output.doc_score_LQD, output.selected_LQK, pack.positive_QD)
@@ -507,6 +536,14 @@ class MemorySparseModule(L.LightningModule):
         lm_sum = self.net.label_loss(output, pack.contexts)
         per_query = routing_loss(output.doc_score_LQD, pack.positive_QD, self.temperature, self.loss_kind)
         return output, lm_sum, per_query.mean(0).sum()
+
+    def _phase_measured(self) -> Phase:
+        """The phase that held-out packs are read in: that of the last step; weights to be evaluated that know no step,
+        as those of an exported folder do, are read as at the run's end."""
+        step = self.steps_done()
+        if step == 0 and self.trainer.state.fn != "fit":
+            return self.timeline.phases[-1]
+        return self.timeline.at(max(step - 1, 0))[1]
 
     def _watch_collapse(self, diversity: float, hubness: float, where: str) -> None:
         if diversity < COLLAPSED and self.watches_collapse and not self._collapse_told:

@@ -25,7 +25,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from msa_train.backbone import MEMORY, OURS, open_config, open_home, open_memory
+from msa_train.backbone import MEMORY, OURS, open_adapters, open_config, open_home, open_memory
 from msa_train.checkpoints import (
     DTYPES,
     check_chunk_size,
@@ -37,8 +37,10 @@ from msa_train.checkpoints import (
 )
 from msa_train.config import MSAConfig, RouterInit
 from msa_train.errors import UserError
+from msa_train.folder_files import read_facts
 from msa_train.folders import FACTS, WEIGHTS, checkpoints_of
 from msa_train.kernels.choice import Kernels
+from msa_train.lora import LoRA
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol, RoutingWords
 
@@ -61,6 +63,7 @@ class Run:
             last validation; alike where there was none, or none found anything.
         max_document_tokens: Longer documents were split at the ends of their sentences.
         temperature: Of the routing loss.
+        lora: The adapters that it trained, if it says so; in the model, or merged into its weights.
     """
 
     folder: Path
@@ -70,21 +73,23 @@ class Run:
     layer_weights: tuple[float, ...]
     max_document_tokens: int
     temperature: float = TEMPERATURE
+    lora: LoRA | None = None
 
 
-def open_run(name: str | Path, backbone: str | None = None) -> Run:
+def open_run(name: str | Path, backbone: str | None = None, merged: bool = True) -> Run:
     """Opens a trained run.
 
     Args:
         name: A run's folder, of which the newest checkpoint is taken; or a checkpoint in one; or an exported folder,
             this project's or a published one.
         backbone: Where the backbone is, if that folder is of routers alone and it is not where they say.
+        merged: Whether adapters are merged into the backbone's weights.
 
     Raises:
         UserError: It is no run, something of it is missing or damaged, or the checkpoint is of another architecture.
     """
     if (Path(name) / EXPORTED).is_file():
-        return _open_exported(Path(name), backbone)
+        return _open_exported(Path(name), backbone, merged)
     if backbone is not None:
         raise UserError(f"--backbone is for routers alone; '{name}' is a run, which has its backbone")
     folder, checkpoint = _find(Path(name))
@@ -103,7 +108,7 @@ def open_run(name: str | Path, backbone: str | None = None) -> Run:
     check_chunk_size(msa, saved, str(checkpoint))
     backbone = str(folder / BACKBONE / "config.json")
     _check_shape(backbone, msa)
-    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), Kernels())
+    model = restore(backbone, msa, dtype, checkpoint, len(protocol.tokenizer), Kernels(), merged)
     return Run(
         folder=folder,
         checkpoint=checkpoint,
@@ -112,11 +117,12 @@ def open_run(name: str | Path, backbone: str | None = None) -> Run:
         layer_weights=layer_shares(read_recall(folder / RECALL, model.routed_layers)),
         max_document_tokens=config.whole("data.init_args.max_document_tokens", DOCUMENT_TOKENS),
         temperature=config.positive("model.temperature", TEMPERATURE),
+        lora=LoRA.of(saved["msa_train"].get("lora"), str(checkpoint)),
     )
 
 
 def frozen_backbone(name: str | Path, backbone: str | None = None) -> str:
-    """The backbone of a run that trained routers alone, as it was named in training.
+    """The backbone of a run that trained routers alone, or adapters with them, as it was named in training.
 
     Args:
         name: As for `open_run`.
@@ -132,10 +138,11 @@ def frozen_backbone(name: str | Path, backbone: str | None = None) -> str:
                 f"{name}: an exported folder does not say what its backbone was: give the run's own, or --backbone"
             )
         return backbone or home.name  # type: ignore[union-attr]
-    folder, _ = _find(Path(name))
+    folder, checkpoint = _find(Path(name))
     config = _Config(folder / CONFIG)
+    adapted = read_facts(checkpoint).get("lora") is not None  # the backbone's own weights then stay, whatever the phase
     for phase in config.mappings("model.phases"):
-        if phase.get("trainable") != "routers":
+        if phase.get("trainable") != "routers" and not adapted:
             raise UserError(
                 f"{name}: phase '{phase.get('name')}' trained the backbone too, so routers alone are not the run; "
                 "export the whole, without --only"
@@ -147,13 +154,18 @@ def frozen_backbone(name: str | Path, backbone: str | None = None) -> str:
             "whole, without --only"
         )
     try:
-        home = open_home(named)
+        home, beside = open_home(named), open_adapters(named)
     except UserError as error:
         raise UserError(f"{name}: {error}; say where it is with --backbone") from error
+    if beside is not None:
+        raise UserError(
+            f"{name}: its backbone had the adapters of '{named}' merged into it, and routers alone do not have them; "
+            "export the whole, without --only"
+        )
     return named if home is None else home.name
 
 
-def _open_exported(folder: Path, backbone: str | None) -> Run:
+def _open_exported(folder: Path, backbone: str | None, merged: bool) -> Run:
     """A folder that a run was exported to, or a published one, which keeps to the published protocol."""
     msa = open_memory(str(folder))
     if msa is None:
@@ -166,7 +178,7 @@ def _open_exported(folder: Path, backbone: str | None) -> Run:
         _open_tokenizer(folder), config.choice(f"{OURS}.routing_words", get_args(RoutingWords), "prompt")
     )
     _check_shape(str(folder), msa)
-    model = restore_exported(str(folder), msa, backbone)
+    model = restore_exported(str(folder), msa, backbone, merged)
     return Run(
         folder=folder,
         checkpoint=folder,
@@ -175,6 +187,7 @@ def _open_exported(folder: Path, backbone: str | None) -> Run:
         layer_weights=layer_shares(read_recall(folder / RECALL, model.routed_layers)),
         max_document_tokens=config.whole(f"{OURS}.max_document_tokens", DOCUMENT_TOKENS),
         temperature=config.positive(f"{MEMORY}.infonce_loss_temp", TEMPERATURE),
+        lora=open_adapters(str(folder)),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from msa_train import cli, model
@@ -20,7 +20,7 @@ from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.estimate.sizes import Model
 from msa_train.export import export_run
-from msa_train.lora import LoRA, adapt, merge
+from msa_train.lora import LoRA, adapt, adapters_of, check_adapters_in, merge, own_weights, restore_adapters
 from msa_train.model import MemorySparseModel, Recompute
 from msa_train.module import parameter_groups
 from msa_train.runs import open_run
@@ -75,6 +75,7 @@ def test_adapters_are_in_the_forward_pass_and_merge_into_the_weights(model_type:
         name: weight.shape for name, weight in ordinary.items()
     }
     assert not hasattr(net.backbone, "peft_config")
+    assert all(weight.requires_grad for weight in net.parameters()), "adapters had frozen them"
 
 
 @pytest.mark.parametrize("target", LoRA().targets)
@@ -106,6 +107,32 @@ def test_every_trained_weight_is_in_one_group_and_no_other_in_any() -> None:
     assert found["routers"] == sorted(name for name in names if ".router_" in name)
     assert found["backbone"] == sorted(name for name in names if ".lora_" in name)
     assert len(found["backbone"]) == 4 * 7 * 2 and len(found["routers"]) == 2 * 2
+
+
+@pytest.mark.parametrize("model_type", model.SUPPORTED)
+def test_adapters_apart_from_a_decoder_are_restored_in_another(model_type: str, tmp_path: Path) -> None:
+    lora, file = LoRA(rank=3, alpha=5.0), tmp_path / "adapters.safetensors"
+    net = adapted(lora, model_type)
+    adapters, plain = adapters_of(net.backbone), tiny_backbone(model_type)
+    assert len(adapters) == 4 * 7 * 2 and not adapters_of(plain)
+    weights = own_weights(plain)
+    assert len(weights) > 20
+    assert {name: weight for name, weight in own_weights(net.backbone).items() if ".router_" not in name}.keys() == (
+        weights.keys()
+    )
+    assert all(torch.equal(own_weights(net.backbone)[name], weight) for name, weight in weights.items())
+    save_file({**adapters, "another": torch.zeros(2)}, file)
+    for decoder in (plain, net.backbone):
+        check_adapters_in(file, decoder, lora)
+        for other in (LoRA(rank=4), LoRA(rank=3, targets=("q_proj",)), None):
+            with pytest.raises(UserError, match=r"'model.layers.0.* is .*by its config.json it must be"):
+                check_adapters_in(file, decoder, other)
+    restore_adapters(file, plain, lora)
+    assert adapters_of(plain).keys() == adapters.keys()
+    assert all(torch.equal(adapters_of(plain)[name], weight) for name, weight in adapters.items())
+    save_file({"another": torch.zeros(2)}, file)
+    restore_adapters(file, bare := tiny_backbone(model_type), None)
+    assert own_weights(bare).keys() == weights.keys()
 
 
 @pytest.mark.parametrize("recompute", ["layers", "documents"])
@@ -160,8 +187,23 @@ def test_a_run_trains_adapters_and_routers_and_exports_a_plain_decoder(tiny_run:
     without = load_file(export_run(tmp_path / "without", tmp_path / "other") / "model.safetensors")
     weights = load_file(folder / "model.safetensors")
     assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in without.items()}
-    with pytest.raises(UserError, match="phase 'all' trained the backbone too"):
+    with pytest.raises(UserError, match="its backbone had random weights.*export the whole, without --only"):
         export_run(tmp_path / "tiny", tmp_path / "alone", only="routers")
+
+
+@pytest.mark.parametrize(("kept", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_an_export_in_another_precision_merges_in_it(
+    kept: str, wanted: str, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    phases = json.dumps([{"name": "all", "steps": 2, **PHASE}])
+    cli.build(["fit", *tiny_run(tmp_path, **LORA, **{"model.phases": phases, "model.weights": kept})])
+    trained, dtype = weights_of(tmp_path / "tiny"), getattr(torch, wanted)
+    place = "model.backbone.model.layers.1.mlp.up_proj."
+    names = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
+    base, first, second = (trained[place + name].to(dtype).float() for name in names)
+    weights = load_file(export_run(tmp_path / "tiny", tmp_path / "out", wanted) / "model.safetensors")  # type: ignore[arg-type]
+    found = weights["model.layers.1.mlp.up_proj.weight"]
+    assert second.any() and torch.equal(found, (base + second @ first * (7 / 3)).to(dtype)) and found.dtype == dtype
 
 
 def test_a_resumed_run_drops_what_it_would_have_dropped(tiny_run: Arguments, tmp_path: Path) -> None:
@@ -240,7 +282,7 @@ def test_a_wrong_setting_is_named(given: dict[str, Any], message: str, tiny_run:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"model.lora needs peft: pip install 'msa-train\[lora\]'"):
+    with pytest.raises(UserError, match=r"adapters .model.lora. need peft: pip install 'msa-train\[lora\]'"):
         adapt(tiny_backbone(), LoRA())
 
 
