@@ -68,3 +68,59 @@ def test_the_slurm_script_starts_what_msa_train_understands(
     found = build([*words[command + 1 :], *here, "--trainer.precision=32-true"], run=False)
     assert found is not None and found.config.fit.name == "qwen3_4b_slurm"
     assert (words[words.index("--trainer.num_nodes") + 1], words[words.index("--trainer.devices") + 1]) == ("2", "8")
+
+
+STAND_IN = """
+import pathlib, sys, time, yaml
+run, words = pathlib.Path(sys.argv[1]), sys.argv[2:]
+saved = [int(path.name[5:-5]) for path in run.glob("step=*.ckpt")]
+assert ("--ckpt_path" in words) == bool(saved)
+run.mkdir(exist_ok=True)
+(run / "config.yaml").write_text(yaml.safe_dump({"model": {"phases": [{"steps": 20}, {"steps": 60}]}}))
+with (run / "starts").open("a") as file:
+    file.write(f"{max(saved, default=0)}\\n")
+for step in range(max(saved, default=0) + 10, 90, 10):
+    (run / f"step={step}.ckpt").mkdir()
+    time.sleep(3.0 if step == 40 and not saved else 0.1)  # long enough to be killed there
+"""
+
+
+def test_the_recipe_is_killed_half_way_once_and_goes_on(tmp_path: Path) -> None:
+    from examples.smollm2_memory import saved_step, train
+
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    run = tmp_path / "run"
+    fit = [sys.executable, str(tmp_path / "stand_in.py"), str(run)]
+    train(run, fit)
+    assert (run / "starts").read_text().split() == ["0", "40"] and saved_step(run) == 80
+    train(run, fit)
+    assert (run / "starts").read_text().split() == ["0", "40"], "what is done is not done again"
+
+
+def test_the_recipe_tells_of_a_training_that_fails(tmp_path: Path) -> None:
+    from examples.smollm2_memory import train
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "run", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert ended.value.code == 3
+
+
+def test_the_recipe_takes_what_msa_train_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its commands, with the parts that need a network or a GPU already there."""
+    from examples import smollm2_memory
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(smollm2_memory, "run_command", lambda command: commands.append(list(command)))
+    monkeypatch.setattr(smollm2_memory, "train", lambda run, fit: commands.append([*fit]))
+    smollm2_memory.main(["--name", "mine", "--seed", "3", "--config", "configs/smollm2_135m/days.yaml"])
+    fetch, needles, fit, test, export = commands
+    assert fetch[1] == "examples/fetch_corpora.py" and needles[1] == "examples/write_needles.py"
+    monkeypatch.chdir(ROOT)
+    here = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--runs={tmp_path}"]
+    found = build([*fit[3:], *here], run=False)
+    assert found.config.fit.name == "mine" and found.datamodule.packing.seed == 3
+    assert found.model.timeline.steps == 16_000 and found.model.lora is None
+    assert (
+        test[3] == "test" and test[-2:] == ["--ckpt_path", "last"] and "configs/evaluation/smollm2_memory.yaml" in test
+    )
+    assert export[3] == "export" and export[-2:] == ["--only", "routers"]
