@@ -17,10 +17,8 @@ K selected documents, M model width, H query heads, G key/value heads, W head wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -129,12 +127,38 @@ class PackMemory:
         return Chosen(self.memory.key_CGW, self.memory.value_CGW, self.chunks, selected_QK, reading)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerCache:
-    """Keys and values that one context attends to in one layer: [template head; chosen chunks; its tokens so far]."""
+    """Keys and values that contexts attended to in one layer: each to [template head; chosen chunks; itself].
+
+    Args:
+        key_NGW: Keys: the head's, then context after context.
+        value_NGW: Values.
+        offsets: Where each of them begins: Q + 2 values, int32.
+    """
 
     key_NGW: Tensor
     value_NGW: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """Where contexts that go on find their keys and values in one layer.
+
+    Args:
+        key_NGW: Keys of all contexts that lie together, with room.
+        value_NGW: Values.
+        seen_N: Rows that the contexts attend to, the new tokens' included, context after context.
+        new_A: Rows that take the new tokens' keys and values.
+        sequences: What is whose among new tokens and `seen_N`.
+    """
+
+    key_NGW: Tensor
+    value_NGW: Tensor
+    seen_N: Tensor
+    new_A: Tensor
+    sequences: Sequences
 
 
 @dataclass(frozen=True)
@@ -235,7 +259,7 @@ class MemorySparseAttention:
             contexts: Their layout.
             memory: The documents; None where the layer does not route.
             top_k: Documents to select, where it differs from the layer's own.
-            caches: Takes what every context attended to, in order, so that `extend` can go on from there.
+            caches: Takes what the contexts attended to, one cache for all, so that `extend` can go on from there.
 
         Returns:
             The attention output [A, M] and, where the layer routes, what was found.
@@ -254,34 +278,29 @@ class MemorySparseAttention:
             longest += chosen.chunks.largest_sums[chosen.selected_QK.shape[1]]
             found = chosen.found
         key, value = key.index_select(0, rows), value.index_select(0, rows)
-        if caches is not None:
-            bounds = offsets.tolist()
-            caches.extend(LayerCache(key[a:b], value[a:b]) for a, b in zip(bounds[1:], bounds[2:], strict=False))
         sequences = Sequences(contexts.offsets_Q, offsets, max(contexts.head, contexts.longest), longest)
+        if caches is not None:
+            caches.append(LayerCache(key, value, offsets))
         return self._attend(query, key, value, sequences), found
 
-    def extend(self, hidden_AM: Tensor, rope: Rope, caches: Sequence[LayerCache], lengths: Sequence[int]) -> Tensor:
-        """Further tokens of contexts that were read, through this layer; their caches grow.
+    def extend(self, hidden_AM: Tensor, rope: Rope, step: LayerStep) -> Tensor:
+        """Further tokens of contexts that were read, through this layer. What is launched does not depend on how many
+        contexts there are, and where their rows lie is the same work for all layers: `decoding.extend` has done it.
 
         Args:
             hidden_AM: Normed states of the new tokens, context after context.
             rope: Rotary factors of their global positions.
-            caches: What each context attends to so far.
-            lengths: New tokens of each, at least one.
+            step: Where all keys and values are; it takes the new tokens'.
 
         Returns:
             The attention output [A, M].
         """
         query = self._query(hidden_AM, rope)
-        keys, values = (new.split(list(lengths)) for new in self._key_value(hidden_AM, rope))
-        for cache, key, value in zip(caches, keys, values, strict=True):
-            cache.key_NGW, cache.value_NGW = torch.cat([cache.key_NGW, key]), torch.cat([cache.value_NGW, value])
-        key_lengths = [len(cache.key_NGW) for cache in caches]
-        sequences = Sequences(
-            _offsets(lengths, query.device), _offsets(key_lengths, query.device), max(lengths), max(key_lengths)
-        )
-        key, value = torch.cat([cache.key_NGW for cache in caches]), torch.cat([cache.value_NGW for cache in caches])
-        return self._attend(query, key, value, sequences)
+        key, value = self._key_value(hidden_AM, rope)
+        step.key_NGW.index_copy_(0, step.new_A, key)
+        step.value_NGW.index_copy_(0, step.new_A, value)
+        key, value = step.key_NGW.index_select(0, step.seen_N), step.value_NGW.index_select(0, step.seen_N)
+        return self._attend(query, key, value, step.sequences)
 
     def _routing_query(self, hidden_AM: Tensor, contexts: Contexts) -> Tensor:
         projected = self.modules.router_q_proj(hidden_AM.index_select(0, contexts.routing_index_X))
@@ -314,10 +333,6 @@ def _head_norm(norm: Any, kernels: Kernels, states: Tensor, rope: Rope | None = 
     if rope is None:  # transformers' own forward
         return rms_norm(states, weight, eps)
     return norm_rotate(states, rope.cos, rope.sin, weight, eps, kernels.rope)
-
-
-def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def context_rows(

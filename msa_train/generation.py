@@ -144,12 +144,20 @@ class _Extend:
     tokens: list[int]
 
 
+@dataclass(frozen=True)
+class _Next:
+    """What may stand next in a context: the logits of every token, and the likeliest where none is drawn."""
+
+    logits_V: Tensor
+    likeliest: int | None
+
+
 @dataclass
 class _State:
     """A context after its reading."""
 
     bank: Bank
-    logits_V: Tensor
+    following: _Next
     decoding: Decoding
     query_LXR: list[Tensor]
     excluded: list[int]
@@ -283,7 +291,7 @@ class Answerer:
                 [request.decoding for request in extends.values()],
                 [request.tokens for request in extends.values()],
             )
-            replies.update(zip(extends, logits_QV, strict=True))
+            replies.update(zip(extends, self._following(logits_QV), strict=True))
         return replies
 
     def _begin(self, requests: list[_Begin]) -> list[_State]:
@@ -295,13 +303,20 @@ class Answerer:
         return [
             _State(
                 request.bank,
-                logits_QV[place],
+                following,
                 decodings[place],
                 [recalled.query_XR[bounds[place] : bounds[place + 1]] for recalled in recalled_L],
                 request.excluded,
             )
-            for place, request in enumerate(requests)
+            for place, (request, following) in enumerate(zip(requests, self._following(logits_QV), strict=True))
         ]
+
+    def _following(self, logits_QV: Tensor) -> list[_Next]:
+        """What may follow in every context. The likeliest tokens of all come from the device at once."""
+        logits_QV = logits_QV[:, : self.vocabulary]  # a model may have rows that are no token's
+        greedy = self.config.temperature == 0
+        likeliest_Q = logits_QV.argmax(1).tolist() if greedy else [None] * len(logits_QV)
+        return [_Next(logits_V, likeliest) for logits_V, likeliest in zip(logits_QV, likeliest_Q, strict=True)]
 
     # --- one question -------------------------------------------------------------------------------------------
 
@@ -336,12 +351,12 @@ class Answerer:
             steps = [*steps, sources]
             if len(steps) == self.config.max_steps or len(retrieved) >= len(bank):
                 break
-            following = yield from reading()
-            if self._ends(following.logits_V):
+            further = yield from reading()
+            if self._ends(further.following):
                 break
-            state, injected = following, []
-        logits_V = yield from self._feed(state, [*injected, *closing])
-        tokens = yield from self._write(state, logits_V, draw, notes)
+            state, injected = further, []
+        following = yield from self._feed(state, [*injected, *closing])
+        tokens = yield from self._write(state, following, draw, notes)
         words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
 
@@ -356,14 +371,14 @@ class Answerer:
 
     def _name(
         self, state: _State, draw: torch.Generator, notes: list[str]
-    ) -> Generator[_Extend, Tensor, tuple[list[tuple[int, float]], list[int]]]:
+    ) -> Generator[_Extend, _Next, tuple[list[tuple[int, float]], list[int]]]:
         """The documents of a step with their scores, in the order of their numbers as in training; and the tokens
         that the model wrote for it."""
         if self.config.mode == "router":
             return sorted(self._rank(state, self.config.documents)), []
         control = (self.protocol.ref, self.protocol.start, self.protocol.end)
         written: list[int] = []
-        token = self._pick(state.logits_V, draw)
+        token = self._pick(state.following, draw)
         while token not in control and len(written) < STEP_TOKENS:
             written.append(token)
             token = self._pick((yield from self._feed(state, [token])), draw)
@@ -388,10 +403,10 @@ class Answerer:
         pairs = zip(found.number_QK[0].tolist(), found.score_QK[0].tolist(), strict=True)
         return [(number, score) for number, score in pairs if number >= 0]
 
-    def _ends(self, logits_V: Tensor) -> bool:
+    def _ends(self, following: _Next) -> bool:
         """Whether the model ends retrieval: where a step may begin, the protocol has but two ways to go on."""
         another = self.protocol.retrieval([1])[0]
-        return bool(logits_V[self.protocol.stop[0]] >= logits_V[another])
+        return bool(following.logits_V[self.protocol.stop[0]] >= following.logits_V[another])
 
     def _fitting(
         self, found: list[tuple[int, float]], state: _State, closing: int, notes: list[str]
@@ -413,16 +428,16 @@ class Answerer:
     def _source(self, bank: Bank, number: int) -> Source:
         return Source(number, self.protocol.text(f" {bank.text(number)}"))
 
-    def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, Tensor, Tensor]:
+    def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, _Next, _Next]:
         return (yield _Extend(state.decoding, tokens))
 
     def _write(
-        self, state: _State, logits_V: Tensor, draw: torch.Generator, notes: list[str]
+        self, state: _State, following: _Next, draw: torch.Generator, notes: list[str]
     ) -> Generator[_Extend | Written, Any, list[int]]:
         """The answer, token by token."""
         control = (self.protocol.end, self.protocol.start, self.protocol.ref)
         words, tokens = DecodeStream(skip_special_tokens=True), list[int]()
-        while (token := self._pick(logits_V, draw)) not in control:
+        while (token := self._pick(following, draw)) not in control:
             tokens.append(token)
             piece = words.step(self.protocol.tokenizer.backend_tokenizer, token)
             if piece:
@@ -430,15 +445,14 @@ class Answerer:
             if len(tokens) == self.config.max_new_tokens or state.decoding.position == self.positions:
                 notes.append(f"stopped after {len(tokens)} tokens")
                 break
-            logits_V = yield from self._feed(state, [token])
+            following = yield from self._feed(state, [token])
         return tokens
 
-    def _pick(self, logits_V: Tensor, draw: torch.Generator) -> int:
-        logits_V = logits_V[: self.vocabulary]  # a model may have rows that are no token's
-        if self.config.temperature == 0:
-            return int(logits_V.argmax())
+    def _pick(self, following: _Next, draw: torch.Generator) -> int:
+        if following.likeliest is not None:
+            return following.likeliest
         none: Any = torch.zeros(1, 0, dtype=torch.int64)
-        scores: Any = self._warpers(none, logits_V.float().cpu()[None])
+        scores: Any = self._warpers(none, following.logits_V.float().cpu()[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=draw))
 
 

@@ -25,6 +25,7 @@ from msa_train.attention import (
     Found,
     LayerCache,
     LayerMemory,
+    LayerStep,
     MemorySparseAttention,
     PackMemory,
     Reading,
@@ -283,7 +284,7 @@ class MemorySparseModel(nn.Module):
         contexts: Contexts,
         memories: Sequence[RoutedMemory[Found]],
         top_k: int | None = None,
-        caches: list[list[LayerCache]] | None = None,
+        caches: list[LayerCache] | None = None,
     ) -> tuple[Tensor, list[Found]]:
         """Contexts over any memory.
 
@@ -291,7 +292,7 @@ class MemorySparseModel(nn.Module):
             contexts: The contexts.
             memories: The documents of every routed layer, in order.
             top_k: Documents to select, where it differs from the config's.
-            caches: Takes, for every decoder layer, what each context attended to: the start of `extend`.
+            caches: Takes, for every decoder layer, what the contexts attended to: the start of `extend`.
 
         Returns:
             Last states of head and contexts [A, M], before the final norm, and what every routed layer found.
@@ -299,35 +300,29 @@ class MemorySparseModel(nn.Module):
         hidden, rope = self._start_contexts(contexts)
         remaining, found_L = iter(memories), []
         for number, attention in enumerate(self.attention):
-            kept: list[LayerCache] | None = None if caches is None else []
             memory = next(remaining) if attention.routed else None
-            hidden, found = self._read_layer(number, hidden, rope, contexts, memory, top_k, kept)
+            hidden, found = self._read_layer(number, hidden, rope, contexts, memory, top_k, caches)
             if found is not None:
                 found_L.append(found)
-            if caches is not None and kept is not None:
-                caches.append(kept)
         return hidden, found_L
 
-    def extend(
-        self, tokens_A: Tensor, position_A: Tensor, caches: Sequence[Sequence[LayerCache]], lengths: Sequence[int]
-    ) -> Tensor:
+    def extend(self, tokens_A: Tensor, position_A: Tensor, steps: Sequence[LayerStep]) -> Tensor:
         """Further tokens of contexts that were read: what reading them again with these tokens would give.
 
         Args:
             tokens_A: New tokens, context after context, int64.
             position_A: Their global positions, the offset of top-k included, int64.
-            caches: For every decoder layer, the cache of each context; they grow.
-            lengths: New tokens of each context.
+            steps: Where every decoder layer finds its keys and values, and keeps the new ones.
 
         Returns:
             Last states of the new tokens [A, M], before the final norm.
         """
         hidden = self._decoder.embed_tokens(tokens_A)
         rope = self._rope(hidden, position_A)
-        for number, (layer, attention, cache) in enumerate(
-            zip(self._decoder.layers, self.attention, caches, strict=True)
+        for number, (layer, attention, step) in enumerate(
+            zip(self._decoder.layers, self.attention, steps, strict=True)
         ):
-            out = attention.extend(layer.input_layernorm(hidden), rope, cache, lengths)
+            out = attention.extend(layer.input_layernorm(hidden), rope, step)
             hidden = self._feed(number, hidden, out)
         return hidden
 

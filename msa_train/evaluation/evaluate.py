@@ -23,7 +23,6 @@ from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.scores import RANKED, Mean, found_share, ranking_scores
 from msa_train.evaluation.task import Asked, Memory, Task, means
 
-TOGETHER = 16  # questions that a method gets at a time, at least
 DEPTHS = 10  # bands of a depth heat map
 
 
@@ -191,7 +190,7 @@ class Evaluator:
         return f"left out: takes about {needed:.0f} s, {left:.0f} s are left" if needed > left else ""
 
     def _cell(self, method: Method, task: Task, length: int, deadline: float) -> _Cell:
-        cell, batches = _Cell(), _batches(task, length)
+        cell, batches = _Cell(), _batches(task, length, method.together)
         started = self.clock()
         self.ranks.together(lambda: method.prepare(task, length))
         cell.preparing = self.clock() - started
@@ -346,12 +345,12 @@ def _record(
     )
 
 
-def _batches(task: Task, length: int) -> Iterator[list[Memory]]:
-    """A task's memories, a few at a time."""
+def _batches(task: Task, length: int, together: int) -> Iterator[list[Memory]]:
+    """A task's memories, as many at a time as have so many questions."""
     pool, batch = task.pool(length), list[Memory]()
     for trial in task.trials(length):
         batch.append(Memory(pool, trial))
-        if sum(len(memory.trial.asked) for memory in batch) >= TOGETHER:
+        if sum(len(memory.trial.asked) for memory in batch) >= together:
             yield batch
             batch = []
     if batch:

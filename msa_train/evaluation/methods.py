@@ -20,6 +20,10 @@ from msa_train.memory import Encoder, MemoryBank, ParallelBank, serve_all
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol
 
+TOGETHER = 16  # questions that a method gets at a time, at least
+MOST = 64  # questions that a memory-sparse model gets at a time; more would hardly make a question cheaper
+CACHE_BYTES = TOGETHER * 36 * 8 * 128 * 2 * 2  # keys and values of a token in 16 contexts of Qwen3-4B, bfloat16
+
 Result = TypeVar("Result")
 Ranking = list[list[list[int]]]  # of every memory, of every question: the best documents
 
@@ -52,6 +56,8 @@ class Method(ABC):
     """Its time for asking grows as this power of the memory's length, as far as nothing else is known."""
     limit: int | None = None
     """Tokens of the longest memory that it can take; None where there is no end."""
+    together: int = TOGETHER
+    """Questions that it gets at a time, at least. The same on every rank."""
 
     def prepare(self, task: Task, length: int) -> None:  # noqa: B027  # most have nothing to get ready
         """Gets ready for memories of up to this many tokens.
@@ -108,7 +114,7 @@ class Routed(Method):
         ranks: Ranks = Ranks(),
     ) -> None:
         self.name, self.model, self.protocol, self.config, self.ranks = name, model, protocol, ask, ranks
-        self.weights = layer_weights
+        self.weights, self.together = layer_weights, side_by_side(model)
         self.encoder = Encoder(model, protocol, keys)
         self.pools: dict[str, tuple[MemoryBank, int]] = {}  # this rank's share of each, and documents in the whole
 
@@ -124,7 +130,7 @@ class Routed(Method):
         """By the routers' scores."""
 
         def act(answerer: Answerer, questions: list[Question]) -> list[list[int]]:
-            return [[number for number, _ in found] for found in answerer.rank(questions, k)]
+            return [[number for number, _ in found] for found in answerer.rank(questions, k, self.together)]
 
         return self._asking(task, memories, act)
 
@@ -134,7 +140,7 @@ class Routed(Method):
         def act(answerer: Answerer, questions: list[Question]) -> list[Reply]:
             return [
                 Reply(answer.text, tuple(document.number for document in answer.documents), answer.notes)
-                for answer in answerer.ask(questions)
+                for answer in answerer.ask(questions, self.together)
             ]
 
         return self._asking(task, memories, act)
@@ -180,6 +186,17 @@ class Routed(Method):
             pool.upto(memory.trial.pool).overlaid([next(segments)] if own else [], memory.trial.own)
             for memory, own in zip(memories, mine, strict=True)
         ]
+
+
+def side_by_side(model: MemorySparseModel) -> int:
+    """Questions that a model answers at a time. Many, since a step launches as much for one as for all; but a small
+    model's may need no more memory than 16 of a large one, and a larger one gets 16.
+
+    The model's shape alone decides, so that all ranks say the same.
+    """
+    layer, wide = model.attention[0], next(model.parameters()).element_size()
+    token = len(model.attention) * layer.groups * layer.width * 2 * wide
+    return max(TOGETHER, min(MOST, CACHE_BYTES // token))
 
 
 def spoken(asked: Asked) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from msa_train.errors import UserError
-from msa_train.evaluation.evaluate import DEPTHS, TOGETHER, Evaluator, Record, Row
-from msa_train.evaluation.methods import Beyond, Method, Reply, Routed
+from msa_train.evaluation.evaluate import DEPTHS, Evaluator, Record, Row
+from msa_train.evaluation.methods import TOGETHER, Beyond, Method, Reply, Routed
 from msa_train.evaluation.scores import Mean
 from msa_train.evaluation.task import Asked, Memory, Task, Trial, headlines
 from msa_train.generation import AskConfig

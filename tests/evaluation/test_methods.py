@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from datamodules.tasks.corpus import AnswerTask
 from datamodules.tasks.needles import NeedleTask
 from msa_train.evaluation import methods
 from msa_train.evaluation.evaluate import Evaluator, Record
-from msa_train.evaluation.methods import Routed, spoken
+from msa_train.evaluation.methods import Method, Routed, side_by_side, spoken
 from msa_train.evaluation.task import Asked, Memory, Trial
 from msa_train.generation import Answerer, AskConfig, Mode, Question
 from msa_train.kernels.maxsim import Precision
@@ -79,8 +80,8 @@ class Naming(Answerer):
         self.named: dict[int, list[int]] = {}
         return super()._turn(*given)
 
-    def _pick(self, logits_V: torch.Tensor, draw: torch.Generator) -> int:
-        likeliest = super()._pick(logits_V, draw)
+    def _pick(self, following: Any, draw: torch.Generator) -> int:
+        likeliest = super()._pick(following, draw)
         if self.config.mode == "router":
             return likeliest
         if id(draw) not in self.named:
@@ -176,6 +177,7 @@ def test_a_batch_over_several_memories_is_each_question_alone(
 ) -> None:
     monkeypatch.setattr(methods, "Answerer", Naming)
     routed, task = prepared(model, protocol, memories, ask=asking(mode))
+    routed.together = 11
     twice = [*memories, *memories]  # 26 questions, more than are read at a time
     together, ranked = routed.answer(task, twice), routed.rank(task, twice, 7)
     assert sum(map(len, together)) == 26 and together[: len(memories)] == together[len(memories) :]
@@ -184,6 +186,56 @@ def test_a_batch_over_several_memories_is_each_question_alone(
             alone = replace(memory, trial=replace(memory.trial, asked=(asked,)))
             assert routed.answer(task, [alone]) == [[reply]]
             assert routed.rank(task, [alone], 7) == [[row]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "groups", "width", "dtype", "wanted"),
+    [
+        (36, 8, 128, torch.bfloat16, 16),  # Qwen3-4B
+        (64, 8, 128, torch.bfloat16, 16),  # a larger one
+        (28, 8, 128, torch.bfloat16, 20),  # Qwen3-0.6B
+        (30, 3, 64, torch.bfloat16, 64),  # SmolLM2-135M
+        (30, 3, 64, torch.float32, 51),
+    ],
+)
+def test_questions_side_by_side_are_those_whose_contexts_fit_where_16_of_a_large_model_do(
+    layers: int, groups: int, width: int, dtype: torch.dtype, wanted: int
+) -> None:
+    weight = torch.empty(0, dtype=dtype)
+    attention = [SimpleNamespace(groups=groups, width=width)] * layers
+    model: Any = SimpleNamespace(attention=attention, parameters=lambda: iter([weight]))
+    assert side_by_side(model) == wanted
+    taken, allowed = layers * groups * width * 2 * weight.element_size() * wanted, 16 * 147_456
+    assert wanted == 16 or taken <= allowed
+
+
+def test_a_method_gets_as_many_questions_at_a_time_as_it_likes(
+    model: MemorySparseModel, protocol: Protocol, memories: list[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both from the evaluation and within itself; one that likes nothing in particular gets 16."""
+    given: list[int] = []
+    batches: list[int] = []
+
+    class Told(Answerer):
+        def ask(self, questions: Sequence[str | Question], batch: int = 0) -> list[Any]:
+            given.append(len(questions))
+            batches.append(batch)
+            return super().ask(questions, batch)
+
+    monkeypatch.setattr(methods, "Answerer", Told)
+    trials = [trial(protocol, 9, {1 + place % 5: place}) for place in range(20)]
+    task = HandTask(pool(protocol), {10: trials})
+
+    def method(together: int | None) -> Routed:
+        routed = Routed("router", model, protocol, asking("router"))
+        assert routed.together == 64 and Method.together == 16
+        routed.together = together or routed.together
+        return routed
+
+    for together, wanted in ((None, [20]), (16, [16, 4]), (7, [7, 7, 6])):
+        given.clear()
+        (row,), _ = Evaluator([task], [10], 3, 1e6).run({"": lambda together=together: method(together)})
+        assert given == wanted and row.scores["right"].n == 20 and batches[-1] == (together or 64)
 
 
 def test_queries_with_banks_of_their_own_choose_as_alone(
@@ -233,7 +285,7 @@ class Scripted(Answerer):
         self.left, Scripted.fed = iter(self.script), []
         return super()._turn(*given)
 
-    def _pick(self, logits_V: torch.Tensor, draw: torch.Generator) -> int:
+    def _pick(self, following: Any, draw: torch.Generator) -> int:
         return next(self.left)
 
     def _serve(self, waiting: dict[int, Any]) -> dict[int, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from msa_train.decoding import begin
 from msa_train.errors import UserError
@@ -17,6 +18,7 @@ from msa_train.pack import Context
 from msa_train.protocol import Protocol, Source
 from tests.memory.conftest import TEXTS, passages
 
+LOOKS = ("tolist", "item", "__int__", "__bool__", "__float__", "cpu", "to", "numpy")  # at what a tensor holds
 QUESTIONS = ["Where does the red fox live?", "What of the ivory hare by river 79, seen at dusk?", "teal?"]
 
 
@@ -34,10 +36,10 @@ class Scripted(Answerer):
         self.excluded: list[list[int]] = []
         self.fed: list[int] = []
 
-    def _pick(self, logits_V: torch.Tensor, draw: torch.Generator) -> int:
+    def _pick(self, following: Any, draw: torch.Generator) -> int:
         return next(self.words)
 
-    def _ends(self, logits_V: torch.Tensor) -> bool:
+    def _ends(self, following: Any) -> bool:
         return next(self.ends)
 
     def _serve(self, waiting: dict[int, Any]) -> dict[int, Any]:
@@ -269,10 +271,32 @@ def test_what_does_not_fit_is_left_out_with_a_note_and_the_answer_stays(
 def test_rows_that_are_no_tokens_are_never_written(
     model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
 ) -> None:
-    answerer = Answerer(model, protocol, bank)
-    padded = torch.zeros(len(protocol.tokenizer) + 7)
-    padded[-3], padded[5] = 9.0, 1.0
-    assert answerer._pick(padded, torch.Generator()) == 5
+    padded = torch.zeros(2, len(protocol.tokenizer) + 7)
+    padded[0, -3], padded[0, 5], padded[1, -1], padded[1, 8] = 900.0, 300.0, 900.0, 300.0
+    for temperature in (0.0, 1.0):
+        answerer = Answerer(model, protocol, bank, config=AskConfig(temperature=temperature))
+        assert [answerer._pick(following, torch.Generator()) for following in answerer._following(padded)] == [5, 8]
+
+
+@pytest.mark.parametrize("questions", [1, 9])
+def test_greedy_tokens_of_a_batch_come_from_the_device_at_once(
+    questions: int, model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
+) -> None:
+    looks: list[Any] = []
+
+    class Looks(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            looks.extend([func] * (getattr(func, "__name__", "") in LOOKS))
+            return func(*args, **(kwargs or {}))
+
+    answerer, draw = Answerer(model, protocol, bank), torch.Generator()
+    logits_QV = torch.randn(questions, len(protocol.tokenizer), generator=draw)
+    with Looks():
+        picked = [answerer._pick(following, draw) for following in answerer._following(logits_QV)]
+    assert picked == logits_QV.argmax(1).tolist() and [look.__name__ for look in looks] == ["tolist"]
+    with Looks():
+        assert [int(logits_V.argmax()) for logits_V in logits_QV] == picked
+    assert len(looks) == 1 + questions, "what is forbidden would be seen"
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------
