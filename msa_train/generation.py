@@ -40,7 +40,9 @@ class AskConfig:
     Args:
         mode: `router`: the best documents by the routers' scores are retrieved. `generative`: the model writes the
             numbers of the documents that it wants (the paper's way).
-        documents: Documents that the router retrieves per step.
+        documents: Documents that the router retrieves per step, at most.
+        margin: Those that score lower than the best by more than this are not retrieved. Scores are cosines, so 2
+            leaves none out; documents that look like the right one, and are not, distract the reader.
         max_steps: Retrieval steps at most; the model ends retrieval before that when it has what it needs.
         max_new_tokens: Length of an answer at most.
         temperature: 0 writes the likeliest token; above, tokens are drawn, the more evenly the higher.
@@ -50,6 +52,7 @@ class AskConfig:
 
     mode: Mode = "router"
     documents: int = 1
+    margin: float = 2.0
     max_steps: int = 4
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -60,6 +63,8 @@ class AskConfig:
         for name in ("documents", "max_steps", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.margin < 0:
+            raise UserError(f"margin is {self.margin}: give 0 or more")
         if self.mode not in get_args(Mode):
             raise UserError(f"mode is '{self.mode}': give one of {', '.join(get_args(Mode))}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -375,7 +380,8 @@ class Answerer:
         """The documents of a step with their scores, in the order of their numbers as in training; and the tokens
         that the model wrote for it."""
         if self.config.mode == "router":
-            return sorted(self._rank(state, self.config.documents)), []
+            best = self._rank(state, self.config.documents)
+            return sorted(pair for pair in best if pair[1] >= best[0][1] - self.config.margin), []
         control = (self.protocol.ref, self.protocol.start, self.protocol.end)
         written: list[int] = []
         token = self._pick(state.following, draw)

@@ -147,6 +147,22 @@ def test_the_stream_tells_documents_then_words_then_the_whole(
     assert said.strip() == whole.text and whole.documents == tuple(events[:2])
 
 
+def test_documents_far_below_the_best_are_not_retrieved(
+    model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
+) -> None:
+    def found(margin: float) -> tuple[tuple[int, float], ...]:
+        config = AskConfig(documents=4, margin=margin, max_steps=1, max_new_tokens=1)
+        (answer,) = Answerer(model, protocol, bank, config=config).ask(QUESTIONS[:1])
+        return tuple((document.number, document.score) for document in answer.documents)
+
+    whole = found(2.0)
+    scores = sorted((score for _, score in whole), reverse=True)
+    assert len(set(scores)) == 4 and whole == tuple(sorted(whole)), "in the order of their numbers"
+    assert found(0.0) == tuple(pair for pair in whole if pair[1] == scores[0])
+    between = scores[0] - (scores[1] + scores[2]) / 2
+    assert found(between) == tuple(pair for pair in whole if pair[1] >= scores[1])
+
+
 # --- what stands in a context ------------------------------------------------------------------------------------
 
 
