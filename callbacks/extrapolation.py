@@ -43,7 +43,7 @@ from msa_train.module import MemorySparseModule
 from msa_train.runs import RECALL, layer_shares, read_recall
 from msa_train.source import PackSource
 
-Baseline = Literal["untrained", "bm25", "dense", "full_attention"]
+Baseline = Literal["untrained", "bm25", "dense", "full_attention", "full_attention_beyond"]
 CURVES, DEPTHS, GRADES = "extrapolation.png", "depth.png", "judge.jsonl"
 
 
@@ -61,7 +61,8 @@ class ExtrapolationEvaluation(L.Callback):
         at_steps: Further steps to evaluate at.
         at_end: Evaluate when training ends.
         baselines: Who answers the same questions when training ends and in `msa-train test`: the `untrained` router;
-            `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything.
+            `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything,
+            as far as its positions go, or `full_attention_beyond` them.
         dense_model: Folder or hub name of the dense retriever's model, for sentence-transformers.
         ask: How questions are answered. Retrieving baselines read as many documents.
         keys: Precision of the routing keys.
@@ -213,15 +214,17 @@ class ExtrapolationEvaluation(L.Callback):
         def untouched() -> MemorySparseModel:
             return module.untrained().to(module.device).eval().requires_grad_(False)
 
-        def reader() -> Backbone | None:
-            wanted = answers and ranks.rank == 0
-            return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens) if wanted else None
+        def reader(beyond: bool = False) -> Backbone | None:
+            if not answers or ranks.rank > 0:
+                return None
+            return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens, beyond=beyond)
 
         makers: dict[str, Callable[[], Method]] = {
             "untrained": lambda: Routed("untrained router", untouched(), protocol, self.ask, None, self.keys, ranks),
             "bm25": lambda: Retrieving(BM25Retriever(), reader(), self.ask.documents, ranks),
             "dense": lambda: Retrieving(self._dense(str(module.device)), reader(), self.ask.documents, ranks),
             "full_attention": lambda: FullAttention(reader(), ranks),
+            "full_attention_beyond": lambda: FullAttention(reader(True), ranks, "full attention beyond"),
         }
         return {
             "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),

@@ -43,6 +43,8 @@ class AskConfig:
         documents: Documents that the router retrieves per step, at most.
         margin: Those that score lower than the best by more than this are not retrieved. Scores are cosines, so 2
             leaves none out; documents that look like the right one, and are not, distract the reader.
+        original_text: Whether the text of what is retrieved comes into the context. Without it an answer is written
+            from the pooled memory alone: the paper's ablation of what the text is worth.
         max_steps: Retrieval steps at most; the model ends retrieval before that when it has what it needs.
         max_new_tokens: Length of an answer at most.
         temperature: 0 writes the likeliest token; above, tokens are drawn, the more evenly the higher.
@@ -53,6 +55,7 @@ class AskConfig:
     mode: Mode = "router"
     documents: int = 1
     margin: float = 2.0
+    original_text: bool = True
     max_steps: int = 4
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -432,7 +435,7 @@ class Answerer:
         return kept
 
     def _source(self, bank: Bank, number: int) -> Source:
-        return Source(number, self.protocol.text(f" {bank.text(number)}"))
+        return Source(number, self.protocol.text(f" {bank.text(number)}") if self.config.original_text else [])
 
     def _feed(self, state: _State, tokens: list[int]) -> Generator[_Extend, _Next, _Next]:
         return (yield _Extend(state.decoding, tokens))

@@ -89,7 +89,7 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A document as a context may cite it: its place in the pack (from 1) and the token ids of its text."""
+    """A document as a context may cite it: its place in the pack (from 1) and the token ids of its text, if any."""
 
     number: int
     text: Sequence[int]
@@ -328,6 +328,7 @@ class Protocol:
             draft.add(self._dotted(source.number))
             start = len(draft.tokens)
             draft.add(source.text)
-            spans.append((start, len(draft.tokens)))
+            if source.text:
+                spans.append((start, len(draft.tokens)))
             draft.add([*self._fixed["\n"], self.ref])
         return spans

@@ -363,9 +363,10 @@ ASKING: dict[str, Case] = {
     # ask
     "an infinite temperature": ask("temperature is inf: give a number", "--temperature=.inf"),
     "a temperature of nan": ask("temperature is nan: give a number", "--temperature=.nan"),
+    "a margin below 0": ask("margin is -0.5: give 0 or more", "--margin=-0.5"),
+    "no words": ask("max_new_tokens is 0", "--max_new_tokens=0"),
     "top-p of 0": ask("top_p 0.0: give", "--top_p=0"),
     "documents beyond counting": ask("documents is a number of 31 digits", f"--documents={10**30}"),
-    "no words": ask("max_new_tokens is 0", "--max_new_tokens=0"),
     "a question too long": ask("positions, the model has", question="fox " * 900),
     "half a letter asked": ask("not valid UTF-8", question="caf\udce9?"),
     "a file as bank": ask("is no memory bank", "--bank=$here/x"),

@@ -20,6 +20,7 @@ from msa_train.evaluation.retrieval import Retriever
 from msa_train.evaluation.task import Asked, Memory, Task
 from msa_train.protocol import Protocol, restore
 
+ENDLESS = 1 << 62  # positions
 INSTRUCTION = (  # where a task has no words of its own: RULER's for question answering
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
@@ -33,13 +34,19 @@ class Backbone:
         protocol: Writes prompts; its tokenizer is the model's.
         max_new_tokens: Tokens of an answer, at most.
         batch_tokens: Tokens of a batch of prompts, at most; a longer prompt is a batch of its own.
+        beyond: Whether prompts may go past the positions that the model knows, as rotary ones go on for ever.
     """
 
     def __init__(
-        self, model: PreTrainedModel, protocol: Protocol, max_new_tokens: int, batch_tokens: int = 65_536
+        self,
+        model: PreTrainedModel,
+        protocol: Protocol,
+        max_new_tokens: int,
+        batch_tokens: int = 65_536,
+        beyond: bool = False,
     ) -> None:
         self.model, self.protocol, self.batch_tokens = model, protocol, batch_tokens
-        self.positions = getattr(model.config, "max_position_embeddings", 1 << 62)
+        self.positions = ENDLESS if beyond else getattr(model.config, "max_position_embeddings", ENDLESS)
         tokenizer = protocol.tokenizer
         ends = {protocol.end, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         self.padding = protocol.end
@@ -95,14 +102,14 @@ class FullAttention(Method):
     Args:
         backbone: The backbone, on the rank that works; None where no task wants answers.
         ranks: Who takes part; the first works.
+        name: Names it in tables.
     """
 
-    name = "full attention"
     growth = 2.0
 
-    def __init__(self, backbone: Backbone | None, ranks: Ranks = Ranks()) -> None:
-        self.backbone, self.ranks = backbone, ranks
-        self.limit = None if backbone is None else backbone.positions
+    def __init__(self, backbone: Backbone | None, ranks: Ranks = Ranks(), name: str = "full attention") -> None:
+        self.backbone, self.ranks, self.name = backbone, ranks, name
+        self.limit = None if backbone is None or backbone.positions == ENDLESS else backbone.positions
 
     def rank(self, task: Task, memories: Sequence[Memory], k: int) -> Ranking:
         """It reads all and ranks nothing."""

@@ -250,6 +250,20 @@ def test_a_memory_that_has_no_room_in_the_window_is_told_with_both_figures(proto
             method.answer(task, [memory])
 
 
+def test_past_its_positions_the_backbone_goes_on_where_it_may(protocol: Protocol) -> None:
+    small = tiny_backbone("qwen3", 2, vocab_size=len(protocol.tokenizer), max_position_embeddings=600)
+    long = tiny_backbone("qwen3", 2, vocab_size=len(protocol.tokenizer), max_position_embeddings=9_000)
+    long.load_state_dict(small.state_dict())
+    task = HandTask(pool(protocol), {10: [trial(protocol, 24, {2: 0})]})
+    memory = Memory(task.pool(10), task.listed[10][0])
+    within, beyond = (
+        FullAttention(Backbone(long, protocol, 20)),
+        FullAttention(Backbone(small, protocol, 20, beyond=True)),
+    )
+    assert within.limit == 9_000 and beyond.limit is None and FullAttention(Backbone(small, protocol, 20)).limit == 600
+    assert beyond.answer(task, [memory]) == within.answer(task, [memory]), "the same weights, other words in the config"
+
+
 def test_one_prompt_that_is_too_long_is_told_of_before_any_other_is_answered(
     decoder: PreTrainedModel, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:

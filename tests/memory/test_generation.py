@@ -166,6 +166,19 @@ def test_documents_far_below_the_best_are_not_retrieved(
 # --- what stands in a context ------------------------------------------------------------------------------------
 
 
+def test_without_original_text_numbers_stand_there_alone(
+    model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
+) -> None:
+    answerer = scripted(model, protocol, bank, documents=2, max_steps=3, original_text=False)
+    answerer.script([written(protocol)], ends=[False, True])
+    (answer,) = answerer.ask(QUESTIONS[:1])
+    assert len(answer.documents) == 4 and all(document.text for document in answer.documents), "they are told of"
+    first = [Source(document.number, []) for document in answer.documents[:2]]
+    asked = protocol.text(QUESTIONS[0])
+    assert answerer.read[1] == list(protocol.asking(asked, [first]).tokens)
+    assert not any(" lives " in protocol.tokenizer.decode(tokens) for tokens in [*answerer.read[1:], answerer.fed])
+
+
 def test_the_router_retrieves_step_by_step_as_the_protocol_trains(
     model: MemorySparseModel, protocol: Protocol, bank: MemoryBank
 ) -> None:
