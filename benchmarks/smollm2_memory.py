@@ -1,0 +1,362 @@
+"""configs/smollm2_135m/memory.yaml in many variants: three seeds, and what becomes of it without each of its parts.
+
+    python benchmarks/smollm2_memory.py WORK [--only headline seeds ablations NAME ...] [--config MORE.yaml ...]
+        [--evaluation FILE.yaml] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0] [--minutes M] [--resume]
+    python benchmarks/smollm2_memory.py WORK --table
+
+Reads the corpora that parts 1 and 2 of examples/smollm2_memory.py make. Every variant (benchmarks/smollm2_variants.py)
+is trained and evaluated by `msa-train` in processes of its own, each of which sees one GPU: runs lie in WORK/runs/NAME,
+what they print in WORK/NAME.log, how they ended in WORK/NAME.json. The first, seed0, is killed half-way and resumed,
+has the baselines, and lends its weights to the variants that are evaluated alone. After each part
+WORK/smollm2_memory.json is gathered anew (benchmarks/smollm2_results.py), of whatever is there.
+
+--minutes ends every training by the clock: its learning rate has not come to its end then, and seed0 is killed only if
+half of its steps fit. --resume leaves out what has its report, and goes on with what has a checkpoint; without it the
+chosen variants are done anew, and others stay. Ctrl-C lets trainings save their step first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder's names
+
+from benchmarks.smollm2_results import RESULT, dumped, gathered, read_record, tables  # noqa: E402
+from benchmarks.smollm2_variants import GROUPS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
+from examples.smollm2_memory import EVALUATION, RECIPE, saved_step, steps_of  # noqa: E402
+from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
+from msa_train.folders import LINK  # noqa: E402
+from msa_train.runs import RECALL  # noqa: E402
+
+MSA_TRAIN = (sys.executable, "-m", "msa_train")
+TRAINING, EVALUATING = "training", "evaluation"
+POLL_S = 1.0
+TOLD = 15  # lines of a log
+
+
+# --- the queue --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or the evaluation of a variant.
+
+    Args:
+        name: The variant.
+        kind: Which of both.
+        weights: Whose weights.
+    """
+
+    name: str
+    kind: str
+    weights: str
+
+
+class Queue:
+    """Parts in their order: the next is the first one whose weights are there.
+
+    Args:
+        parts: All that is to be done.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.waiting = list(parts)
+        self.untrained = {part.name for part in parts if part.kind == TRAINING}
+        self.turn = threading.Condition()
+
+    def take(self) -> Part | None:
+        """The next part; None when there is no more. Waits for a training, where nothing else is left."""
+        with self.turn:
+            while self.waiting:
+                for part in self.waiting:
+                    if part.kind == TRAINING or part.weights not in self.untrained:
+                        self.waiting.remove(part)
+                        return part
+                self.turn.wait()
+            return None
+
+    def done(self, part: Part, well: bool) -> list[Part]:
+        """A part has ended: the others that fall with it."""
+        with self.turn:
+            fallen = [] if well else [one for one in self.waiting if part.kind == TRAINING and one.weights == part.name]
+            self.waiting = [one for one in self.waiting if one not in fallen]
+            self.untrained -= {part.name}
+            self.turn.notify_all()
+            return fallen
+
+    def close(self) -> None:
+        """Nothing more is begun."""
+        with self.turn:
+            self.waiting.clear()
+            self.turn.notify_all()
+
+
+class Campaign:
+    """Variants in one folder.
+
+    Args:
+        work: The folder.
+        given: What the command line said.
+    """
+
+    def __init__(self, work: Path, given: argparse.Namespace) -> None:
+        self.work, self.runs, self.given = work, work / "runs", given
+        self.configs = [ROOT / RECIPE, *(Path(file).resolve() for file in given.config)]
+        self.evaluation = Path(given.evaluation).resolve() if given.evaluation else ROOT / EVALUATION
+        self.lock = threading.Lock()
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.training: set[str] = set()  # their folders change, and may not be read
+        self.failed: list[str] = []
+        self.stopped = False
+
+    # --- before it starts ---------------------------------------------------------------------------------------
+
+    def parts(self, names: Sequence[str]) -> list[Part]:
+        """What is to be done for these variants; clears away what is done anew.
+
+        Raises:
+            SystemExit: Weights are missing that no chosen variant trains.
+        """
+        for name in names:
+            over = VARIANTS[name].over
+            if over is not None and over not in names and not self._trained(over):
+                raise SystemExit(f"{name} is evaluated over {over}, which is not trained in {self.work}: choose it too")
+        parts = []
+        for name in names:
+            variant, run = VARIANTS[name], self.runs / name
+            if not self.given.resume:
+                for old in (self.work / f"{name}.json", self.work / f"{name}.log"):
+                    old.unlink(missing_ok=True)
+                if run.exists():
+                    shutil.rmtree(run)
+            elif (run / REPORT).is_file():
+                print(f"{name}: its report is there", flush=True)
+                continue
+            self._configure(name)
+            if variant.over is None and not self._trained(name):
+                parts.append(Part(name, TRAINING, name))
+            parts.append(Part(name, EVALUATING, variant.over or name))
+        return parts
+
+    def _trained(self, name: str) -> bool:
+        calls = read_record(self.work, name).get(TRAINING, [])
+        return bool(calls) and calls[-1]["code"] == 0
+
+    def _configure(self, name: str) -> None:
+        """Writes a variant's configs, and down what it is."""
+        variant, record = VARIANTS[name], read_record(self.work, name)
+        asked = evaluation(self.evaluation, variant)
+        (self.work / f"{name}.evaluation.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+        record |= {"over": variant.over, "ask": dict(variant.ask), "failed": None}
+        if variant.alike:
+            record["layers"] = "alike"
+        if variant.over is None:
+            config = overlay(self.configs, variant, self.given.steps_factor, self.given.minutes)
+            (self.work / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            elsewhere = {str(file): file.name for file in self.configs if not file.is_relative_to(ROOT)}
+            words = [elsewhere.get(word, word) for word in self.fit_words(name)]
+            record |= {"fit": words, "overlay": config}
+        self._write(name, record)
+
+    def fit_words(self, name: str) -> list[str]:
+        """The words of a variant's training."""
+        variant = VARIANTS[name]
+        files = [*self.configs, self.work / f"{name}.yaml"]
+        return [
+            "fit", *(word for file in files for word in ("--config", str(file))), "--name", name,
+            "--runs", str(self.runs), "--seed_everything", str(variant.seed), "--data.seed", str(variant.seed),
+            "--trainer.enable_progress_bar", "false", *variant.fit,
+        ]  # fmt: skip
+
+    def test_words(self, name: str) -> list[str]:
+        """The words of a variant's evaluation."""
+        run = self.runs / (VARIANTS[name].over or name)
+        files = [run / "config.yaml", self.work / f"{name}.evaluation.yaml"]
+        return [
+            "test", *(word for file in files for word in ("--config", str(file))), "--name", name,
+            "--runs", str(self.runs), "--ckpt_path", str(run / LINK),
+        ]  # fmt: skip
+
+    # --- doing it -----------------------------------------------------------------------------------------------
+
+    def work_off(self, parts: Sequence[Part]) -> None:
+        """Does all parts, on every GPU as many at a time as it may have."""
+        queue = Queue(parts)
+
+        def serve(gpu: str) -> None:
+            while (part := queue.take()) is not None:
+                well = self._do(part, gpu)
+                for fallen in queue.done(part, well):
+                    self._fail(fallen, f"{part.name} was not trained")
+
+        slots = [gpu for _ in range(self.given.per_gpu) for gpu in self.given.gpus]
+        with ThreadPoolExecutor(len(slots)) as threads:
+            served = [threads.submit(serve, gpu) for gpu in slots]
+            try:
+                for one in wait(served, return_when=FIRST_EXCEPTION).done:
+                    one.result()
+            finally:  # there is something left to stop only if this was interrupted, or is itself at fault
+                queue.close()
+                self._stop()
+
+    def _do(self, part: Part, gpu: str) -> bool:
+        started = time.monotonic()
+        code = self._train(part.name, gpu) if part.kind == TRAINING else self._evaluate(part.name, gpu)
+        well = code == 0 and (part.kind == TRAINING or (self.runs / part.name / REPORT).is_file())
+        if not well and not self.stopped:
+            lines = (self.work / f"{part.name}.log").read_text(errors="replace").replace("\r", "\n").splitlines()
+            self._fail(part, f"exit code {code}", [line for line in lines if line.strip()][-TOLD:])
+        end = "" if well else ", broken off" if self.stopped else ", failed"
+        self._tell(f"{part.name:<18} {part.kind:<10} GPU {gpu} {time.monotonic() - started:9,.0f} s{end}")
+        self.gather()
+        return well
+
+    def _train(self, name: str, gpu: str) -> int:
+        variant, run, words = VARIANTS[name], self.runs / name, self.fit_words(name)
+        began = saved_step(run)
+        if not began and run.exists():
+            shutil.rmtree(run)  # it was killed before its first checkpoint
+
+        def half_way() -> bool:
+            step = saved_step(run)
+            return step > began and step >= steps_of(run) / 2 > began
+
+        resume, kill = ["--ckpt_path", "last"], half_way if variant.killed else None
+        with self.lock:
+            self.training.add(name)
+        code = self._call(name, TRAINING, [*words, *(resume if began else [])], gpu, kill)
+        if code == -signal.SIGKILL and variant.killed and half_way():
+            code = self._call(name, TRAINING, [*words, *resume], gpu)
+        with self.lock:
+            self.training.discard(name)
+        return code
+
+    def _evaluate(self, name: str, gpu: str) -> int:
+        variant, run = VARIANTS[name], self.runs / name
+        if variant.over is not None:
+            run.mkdir(parents=True, exist_ok=True)
+            recall = self.runs / variant.over / RECALL
+            if recall.is_file() and not variant.alike:  # where documents are ranked, layers weigh by it
+                shutil.copy(recall, run / RECALL)
+        return self._call(name, EVALUATING, self.test_words(name), gpu)
+
+    def _call(
+        self, name: str, kind: str, words: Sequence[str], gpu: str, kill: Callable[[], bool] | None = None
+    ) -> int:
+        """Runs `msa-train` on a GPU; its exit code.
+
+        Args:
+            name: The variant, whose log and record it goes to.
+            kind: Of the part.
+            words: Of the command.
+            gpu: The one that it sees.
+            kill: Whether it is time to kill it.
+        """
+        started = time.monotonic()
+        with (self.work / f"{name}.log").open("ab") as log:
+            with self.lock:
+                if self.stopped:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(
+                    [*MSA_TRAIN, *words], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, stdout=log,
+                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+                self.running.add(process)
+            while process.poll() is None:
+                try:
+                    process.wait(POLL_S)
+                except subprocess.TimeoutExpired:
+                    if kill is not None and kill():
+                        os.killpg(process.pid, signal.SIGKILL)
+        seconds = round(time.monotonic() - started, 1)
+        call = {"code": process.returncode, "seconds": seconds, "gpu": gpu, "per_gpu": self.given.per_gpu}
+        with self.lock:
+            self.running.discard(process)
+            record = read_record(self.work, name)
+            self._write(name, {**record, kind: [*record.get(kind, []), call]})
+        return process.returncode
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()  # a training saves its step then
+
+    # --- telling ------------------------------------------------------------------------------------------------
+
+    def _fail(self, part: Part, why: str, lines: Sequence[str] = ()) -> None:
+        with self.lock:
+            self.failed.append(part.name)
+            self._write(part.name, {**read_record(self.work, part.name), "failed": "\n".join([why, *lines])})
+        self._tell("\n    ".join([f"{part.name}: {part.kind} failed: {why}", *lines]))
+
+    def _tell(self, text: str) -> None:
+        with self.lock:
+            print(text, flush=True)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        (self.work / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def gather(self) -> None:
+        """Writes the JSON of all that is there and stands still."""
+        with self.lock:
+            found = gathered(self.work, [name for name in VARIANTS if name not in self.training])
+            text = dumped(found).replace(str(self.work), "WORK").replace(f"{ROOT}/", "")
+            (self.work / RESULT).write_text(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, evaluates and gathers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, *VARIANTS], default=[], metavar="NAME",
+                        help=f"Variants, or {', '.join(GROUPS)}; all by default.")  # fmt: skip
+    parser.add_argument("--config", nargs="+", default=[], help="Further configs of every training.")
+    parser.add_argument("--evaluation", help=f"In the place of {EVALUATION}.")
+    parser.add_argument("--gpus", nargs="+", default=["0"], help="Each by its number.")
+    parser.add_argument("--per-gpu", type=int, default=1, help="Parts that share a GPU at a time.")
+    parser.add_argument("--steps-factor", type=float, default=1.0, help="Of the steps of every phase.")
+    parser.add_argument("--minutes", type=float, help="Of every training, at most.")
+    parser.add_argument("--resume", action="store_true", help="Go on with what is there.")
+    parser.add_argument("--table", action="store_true", help="Do nothing: print the tables of what was gathered.")
+    given = parser.parse_args(arguments)
+    if given.per_gpu < 1 or given.steps_factor <= 0 or (given.minutes is not None and given.minutes <= 0):
+        parser.error("give --per-gpu from 1, --steps-factor and --minutes above 0")
+    work = given.work.resolve()
+    if given.table:
+        if not (work / RESULT).is_file():
+            parser.error(f"{work}: no {RESULT} yet")
+        print(tables(json.loads((work / RESULT).read_text())))
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with this
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    campaign = Campaign(work, given)
+    try:
+        campaign.work_off(campaign.parts(chosen(given.only)))
+    except KeyboardInterrupt:
+        raise SystemExit("broken off; --resume goes on") from None
+    campaign.gather()
+    print(work / RESULT)
+    if campaign.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
