@@ -102,9 +102,13 @@ def adapt(backbone: PreTrainedModel, lora: LoRA | None) -> None:
         return
     _need_peft()
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     inject_adapter_in_model(LoraConfig(**config, target_modules=list(lora.targets)), backbone)
+    for part in backbone.modules():
+        if isinstance(part, LoraLayer):
+            part.cast_input_dtype_enabled = False  # to float32, which autocast would round back at once
 
 
 @torch.no_grad()

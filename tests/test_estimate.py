@@ -168,31 +168,33 @@ class _Norm(torch.autograd.Function):
     """The compiled norm keeps states and a factor of each; tests of the kernels hold values and gradients."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(states, weight, states.new_empty(len(states), 1, dtype=torch.float32))
-        return states.new_zeros(states.shape, dtype=torch.promote_types(states.dtype, weight.dtype))
+        return states.new_zeros(states.shape, dtype=dtype or torch.promote_types(states.dtype, weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         states, weight, _ = ctx.saved_tensors
-        return torch.zeros_like(states), torch.zeros_like(weight)
+        return torch.zeros_like(states), torch.zeros_like(weight), None
 
 
 class _AddNorm(torch.autograd.Function):
     """And with a residual their sum."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, states: Tensor, added: Tensor, weight: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
         total = states + added
         ctx.save_for_backward(total, weight, states.new_empty(len(states), 1, dtype=torch.float32))
         ctx.dtypes = states.dtype, added.dtype
-        return total, total.new_zeros(total.shape, dtype=torch.promote_types(total.dtype, weight.dtype))
+        return total, total.new_zeros(total.shape, dtype=dtype or torch.promote_types(total.dtype, weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, of_total: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, of_total: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight, _ = ctx.saved_tensors
         back = torch.zeros_like(total)
-        return back.to(ctx.dtypes[0]), back.to(ctx.dtypes[1]), torch.zeros_like(weight)
+        return back.to(ctx.dtypes[0]), back.to(ctx.dtypes[1]), torch.zeros_like(weight), None
 
 
 class _Gate(torch.autograd.Function):
@@ -257,8 +259,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(choice: str, function: Callable[..., Any], *arguments: Any) -> Any:
         if choice == "plain":
             return function(*arguments)
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        return {"rms_norm": _Norm, "add_norm": _AddNorm, "gate": _Gate}[function.__name__].apply(*tensors)
+        needed = [argument for argument in arguments if not isinstance(argument, float)]  # no eps
+        return {"rms_norm": _Norm, "add_norm": _AddNorm, "gate": _Gate}[function.__name__].apply(*needed)
 
     def turn(states: Tensor, cos: Tensor, sin: Tensor, weight: Any = None, eps: float = 0.0, backend: str = "") -> Any:
         if backend == "torch":

@@ -56,6 +56,27 @@ def computed(net: MemorySparseModel) -> list[torch.Tensor]:
 # --- in the decoder ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_input_is_copied_to_another_precision_for_the_adapters(dtype: torch.dtype) -> None:
+    """Under autocast they compute as the layers beside them do, and in a decoder of any precision they have its own."""
+    backbone = tiny_backbone("llama").to(dtype)
+    adapt(backbone, LoRA(rank=3, alpha=7, targets=("q_proj",)))
+    layer = backbone.get_submodule("model.layers.0.self_attn.q_proj")
+    adapters = [weight for name, weight in layer.named_parameters() if name.startswith("lora_")]
+    assert [weight.dtype for weight in adapters] == [dtype, dtype]
+    for weight in adapters:
+        weight.data.normal_()
+    given: list[torch.dtype] = []
+    layer.lora_A["default"].register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].dtype))
+    states = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(states)
+        low, high = (weight.bfloat16() for weight in adapters)
+        wanted = layer.base_layer(states) + (states @ low.T @ high.T) * (7 / 3)
+    assert given == [torch.bfloat16] and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("model_type", model.SUPPORTED)
 def test_adapters_are_in_the_forward_pass_and_merge_into_the_weights(model_type: str) -> None:
     plain = adapted(LoRA(), model_type, trained=False)

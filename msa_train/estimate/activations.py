@@ -40,7 +40,7 @@ class Activations:
             routed: Whether the layer leaves a memory behind.
             whole: False in the last routed layer, where documents have keys and values alone.
         """
-        keys = self._norm() + self._inputs(3 if whole else 2) + self._turn(self.key)
+        keys = self._norm() + self._normed() + self._turn(self.key)
         pooled = 0 if self.setup.fused or self.s == self.p == FLOAT else FLOAT * (self.hidden + 2 * self.key)
         queries = self._turn(self.query) + self._attended(self.query) + 2 * self.key * self.p if whole else 0
         return tokens * (keys + queries + pooled * routed) + self._memory(tokens) * routed
@@ -48,12 +48,12 @@ class Activations:
     def mlp(self, tokens: float) -> float:
         """What the MLP of tokens of either stream keeps."""
         activation = 3 if self.setup.fused else 4
-        return tokens * (self._norm() + self._inputs(2) + activation * self.wide * self.p)
+        return tokens * (self._norm() + self._normed() + activation * self.wide * self.p)
 
     def reading(self, routed: bool) -> float:
         """What the attention of contexts keeps."""
         pack = self.pack.sizes
-        tokens = self._norm() + self._inputs(3) + self._turn(self.key) + self._turn(self.query)
+        tokens = self._norm() + self._normed() + self._turn(self.key) + self._turn(self.query)
         rows = (self.pack.routed_rows if routed else self.pack.own_rows) * (2 * self.key * self.p + 8)
         scores = pack.routing * (self.hidden * self.p + FLOAT * (self.query + self.key + self.read))
         return pack.contexts * (tokens + self._attended(self.query)) + rows + scores * routed
@@ -98,9 +98,9 @@ class Activations:
         """The states, or plain PyTorch's float32 copy with the unit states, and the factor of each token."""
         return self.hidden * (self.s if self.setup.fused else FLOAT + self.s) + FLOAT
 
-    def _inputs(self, products: int) -> float:
-        """Normed states: one tensor for all products, or under autocast a copy for each."""
-        return self.hidden * self.p * (products if self.setup.mixed else 1)
+    def _normed(self) -> float:
+        """Normed states: one tensor for all products."""
+        return self.hidden * self.p
 
     def _turn(self, width: int) -> float:
         """What head norm and rotation keep of what was projected."""

@@ -23,17 +23,27 @@ Choice = Literal["auto", "compiled", "plain"]
 GRAPHS = 64  # per function: with gradients or without, one token or many, frozen weights or not, of every precision
 
 
-def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in float32, as Llama and Qwen have it."""
+def rms_norm(states: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32, as Llama and Qwen have it.
+
+    Args:
+        states: [T, M].
+        weight: M values.
+        eps: Added to the mean square.
+        dtype: What to round the result to; by default it is what the product gives.
+    """
     single = states.float()
     unit = single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * unit.to(states.dtype)
+    normed = weight * unit.to(states.dtype)
+    return normed if dtype is None else normed.to(dtype)
 
 
-def add_norm(states: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    states: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The residual sum, and its norm."""
     total = states + added
-    return total, rms_norm(total, weight, eps)
+    return total, rms_norm(total, weight, eps, dtype)
 
 
 def gate(gate_TM: Tensor, up_TM: Tensor) -> Tensor:
@@ -71,6 +81,8 @@ def take_over(norm: Any, choice: Choice) -> None:
         norm(states)           as before
         norm(states, added=x)  -> add_norm
 
+    Under autocast the norm is rounded here, once, to what the layers behind it would each round it to.
+
     Args:
         norm: Module with `weight` and `variance_epsilon`.
         choice: As in `run`.
@@ -79,6 +91,9 @@ def take_over(norm: Any, choice: Choice) -> None:
 
 
 def _normalise(norm: Any, choice: Choice, states: Tensor, *, added: Tensor | None = None) -> Any:
+    device, dtype = states.device.type, None
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     if added is not None:
-        return run(choice, add_norm, states, added, norm.weight, norm.variance_epsilon)
-    return run(choice, rms_norm, states, norm.weight, norm.variance_epsilon)
+        return run(choice, add_norm, states, added, norm.weight, norm.variance_epsilon, dtype)
+    return run(choice, rms_norm, states, norm.weight, norm.variance_epsilon, dtype)

@@ -130,6 +130,23 @@ def test_the_rotation_kernel_is_the_reference(
 # --- compiled element-wise work ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_under_autocast_a_norm_is_rounded_once_to_what_every_product_would_round_it_to(residual: bool) -> None:
+    norm, before = Qwen3RMSNorm(12, eps=1e-6), Qwen3RMSNorm(12, eps=1e-6)
+    norm.weight.data = before.weight.data = draw(12, seed=3).detach() + 1
+    take_over(norm, "plain")
+    layer, states, added = torch.nn.Linear(12, 7), draw(5, 12), draw(5, 12, seed=1).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if residual:
+            total, normed = norm(states, added=added)
+            assert total.dtype == torch.float32 and torch.equal(total, states + added)
+        else:
+            total, normed = states, norm(states)
+        assert normed.dtype == torch.bfloat16 and before(total).dtype == torch.float32
+        assert torch.equal(layer(normed), layer(before(total)))
+    assert norm(states).dtype == torch.float32, "and as it is without"
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_work_is_the_plain_function(device: str, dtype: torch.dtype) -> None:
