@@ -196,6 +196,14 @@ def test_the_doctor_knows_which_lengths_have_documents(
     assert "retrieval_test to 256" in said and "add distractors" in said
 
 
+def test_the_doctor_knows_that_haystacks_have_no_end(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.build(["doctor", *tiny_run(tmp_path, steps=20, **evaluated([NEEDLE, RANKED], lengths=["1536", "1M"]))])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "niah_single_1 to 1M" in said and "retrieval_test to 1M" not in said and said.count("add distractors") == 1
+
+
 def test_the_doctor_goes_on_where_the_data_cannot_be_opened(
     tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
