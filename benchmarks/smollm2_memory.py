@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ if __name__ == "__main__":
 
 from benchmarks.smollm2_results import RESULT, dumped, gathered, read_record, tables  # noqa: E402
 from benchmarks.smollm2_variants import GROUPS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
-from examples.smollm2_memory import EVALUATION, RECIPE, saved_step, steps_of  # noqa: E402
+from examples.smollm2_memory import EVALUATION, RECIPE, half_way, saved_step  # noqa: E402
 from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
 from msa_train.folders import LINK  # noqa: E402
 from msa_train.runs import RECALL  # noqa: E402
@@ -234,15 +235,11 @@ class Campaign:
         if not began and run.exists():
             shutil.rmtree(run)  # it was killed before its first checkpoint
 
-        def half_way() -> bool:
-            step = saved_step(run)
-            return step > began and step >= steps_of(run) / 2 > began
-
-        resume, kill = ["--ckpt_path", "last"], half_way if variant.killed else None
+        resume, kill = ["--ckpt_path", "last"], partial(half_way, run, began) if variant.killed else None
         with self.lock:
             self.training.add(name)
         code = self._call(name, TRAINING, [*words, *(resume if began else [])], gpu, kill)
-        if code == -signal.SIGKILL and variant.killed and half_way():
+        if code == -signal.SIGKILL and kill is not None and kill():
             code = self._call(name, TRAINING, [*words, *resume], gpu)
         with self.lock:
             self.training.discard(name)

@@ -52,6 +52,12 @@ def steps_of(run: Path) -> int:
     return sum(phase["steps"] for phase in config["model"]["phases"])
 
 
+def half_way(run: Path, began: int) -> bool:
+    """Whether a run that went on from before its middle has saved a step behind it: the moment to kill it."""
+    step = saved_step(run)
+    return step > began and step >= steps_of(run) / 2 > began
+
+
 def train(run: Path, fit: Sequence[str]) -> None:
     """Trains to the end: a run that has no checkpoint behind its middle yet is killed when it has one, and resumed.
 
@@ -65,11 +71,10 @@ def train(run: Path, fit: Sequence[str]) -> None:
     began = saved_step(run)
     while process.poll() is None:
         time.sleep(POLL_S)
-        step = saved_step(run)
-        if step > began and step >= steps_of(run) / 2 > began:
+        if half_way(run, began):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            print(f"killed after step {step:,}; going on", flush=True)
+            print(f"killed after step {saved_step(run):,}; going on", flush=True)
             run_command([*fit, "--ckpt_path", "last"])
             return
     if process.returncode:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -57,9 +57,10 @@ class Corpus:
 
 def answer(drawn: Drawn) -> str:
     """How a question is answered: RULER's words and the values, each behind its key where there are several keys."""
-    keys = drawn.keys if len(drawn.keys) > 1 else ()
-    values = [f"{key}: {value}" for key, value in zip(keys, drawn.answers, strict=True)] if keys else drawn.answers
-    return f"{drawn.lead} {listed(list(values))}."
+    values: Sequence[str] = drawn.answers
+    if len(drawn.keys) > 1:
+        values = [f"{key}: {value}" for key, value in zip(drawn.keys, drawn.answers, strict=True)]
+    return f"{drawn.lead} {listed(values)}."
 
 
 def prose(questions: int, random: Random) -> Corpus:

@@ -183,8 +183,8 @@ class NeedleTask(Task):
     def _largest(self, sample: _Sample, length: int) -> int:
         """The most units of haystack that a sample has room for."""
         room = length - ANSWER_TOKENS
-        sample.text.grow(units=1, tokens=length)
-        low, high = 0, sample.text.begins[-1]
+        self._text.grow(units=1, tokens=length)
+        low, high = 0, self._text.begins[-1]
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if sample.tokens(sample.lay(middle)) <= room else (low, middle - 1)
@@ -209,7 +209,7 @@ class NeedleTask(Task):
     def _fitting(self, sample: _Sample, length: int, units: int) -> Inserted:
         """A sample in this many units of haystack, or in as many steps fewer as it takes to fit."""
         step = 500 if self.setting.haystack == "essay" else 25 if length >= SHORT else 5
-        sample.text.grow(units=units)
+        self._text.grow(units=units)
         laid = sample.lay(units)
         while sample.tokens(laid) > length - ANSWER_TOKENS:
             if units == 1:

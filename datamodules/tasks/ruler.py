@@ -8,7 +8,7 @@ and its task alone, not on the haystack.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -109,7 +109,7 @@ def draw(setting: Setting, random: Random, half: Half = "evaluation") -> Drawn:
     single = setting.asked * setting.values == 1
     words = {"kind": setting.value.removesuffix("s") if single else setting.value}
     names = tuple(keys[key] for key in asked)
-    words["query"] = listed(list(names))
+    words["query"] = listed(names)
     return Drawn(
         needles=tuple(NEEDLE.format(kind=setting.value, key=keys[key], value=value) for key, value in placed),
         wanted=tuple(key in asked for key, _ in placed),
@@ -159,6 +159,6 @@ def word_list(kind: Literal["adjective", "noun"]) -> tuple[str, ...]:
     return tuple(sorted({line.rstrip() for line in text.splitlines()}))
 
 
-def listed(keys: list[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
     """Keys as a question names them: "a", or "a, b, c, and d"."""
     return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
