@@ -1,13 +1,14 @@
 """configs/smollm2_135m/memory.yaml in many variants: three seeds, and what becomes of it without each of its parts.
 
-    python benchmarks/smollm2_memory.py WORK [--only headline seeds ablations NAME ...] [--config MORE.yaml ...]
-        [--evaluation FILE.yaml] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0] [--minutes M] [--resume]
-    python benchmarks/smollm2_memory.py WORK --table
+    python benchmarks/smollm2_memory.py WORK [--only headline seeds baselines ablations NAME ...]
+        [--config MORE.yaml ...] [--evaluation FILE.yaml] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0] [--minutes M]
+        [--resume]
+    python benchmarks/smollm2_memory.py WORK --table [--figure FILE.png]
 
 Reads the corpora that parts 1 and 2 of examples/smollm2_memory.py make. Every variant (benchmarks/smollm2_variants.py)
 is trained and evaluated by `msa-train` in processes of its own, each of which sees one GPU: runs lie in WORK/runs/NAME,
 what they print in WORK/NAME.log, how they ended in WORK/NAME.json. The first, seed0, is killed half-way and resumed,
-has the baselines, and lends its weights to the variants that are evaluated alone. After each part
+and lends its weights to the variants that are evaluated alone; baselines are asked without any. After each part
 WORK/smollm2_memory.json is gathered anew (benchmarks/smollm2_results.py), of whatever is there.
 
 --minutes ends every training by the clock: its learning rate has not come to its end then, and seed0 is killed only if
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder's names
 
-from benchmarks.smollm2_results import RESULT, dumped, gathered, read_record, tables  # noqa: E402
+from benchmarks.smollm2_results import RESULT, dumped, figure, gathered, read_record, tables  # noqa: E402
 from benchmarks.smollm2_variants import GROUPS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
 from examples.smollm2_memory import EVALUATION, RECIPE, half_way, saved_step  # noqa: E402
 from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
@@ -151,7 +152,7 @@ class Campaign:
                 print(f"{name}: its report is there", flush=True)
                 continue
             self._configure(name)
-            if variant.over is None and not self._trained(name):
+            if variant.trained and not self._trained(name):
                 parts.append(Part(name, TRAINING, name))
             parts.append(Part(name, EVALUATING, variant.over or name))
         return parts
@@ -168,7 +169,7 @@ class Campaign:
         record |= {"over": variant.over, "ask": dict(variant.ask), "failed": None}
         if variant.alike:
             record["layers"] = "alike"
-        if variant.over is None:
+        if variant.trained:
             config = overlay(self.configs, variant, self.given.steps_factor, self.given.minutes)
             (self.work / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
             elsewhere = {str(file): file.name for file in self.configs if not file.is_relative_to(ROOT)}
@@ -179,21 +180,29 @@ class Campaign:
     def fit_words(self, name: str) -> list[str]:
         """The words of a variant's training."""
         variant = VARIANTS[name]
-        files = [*self.configs, self.work / f"{name}.yaml"]
         return [
-            "fit", *(word for file in files for word in ("--config", str(file))), "--name", name,
-            "--runs", str(self.runs), "--seed_everything", str(variant.seed), "--data.seed", str(variant.seed),
+            "fit", *self._given(name, [*self.configs, self.work / f"{name}.yaml"]),
+            "--seed_everything", str(variant.seed), "--data.seed", str(variant.seed),
             "--trainer.enable_progress_bar", "false", *variant.fit,
         ]  # fmt: skip
 
     def test_words(self, name: str) -> list[str]:
         """The words of a variant's evaluation."""
-        run = self.runs / (VARIANTS[name].over or name)
-        files = [run / "config.yaml", self.work / f"{name}.evaluation.yaml"]
+        variant, asked = VARIANTS[name], self.work / f"{name}.evaluation.yaml"
+        if variant.baseline:
+            return ["test", *self._given(name, [*self.configs, asked])]
+        run = self.runs / (variant.over or name)
+        return ["test", *self._given(name, [run / "config.yaml", asked]), "--ckpt_path", str(run / LINK)]
+
+    def _given(self, name: str, configs: Sequence[Path]) -> list[str]:
+        """Words that every command has."""
         return [
-            "test", *(word for file in files for word in ("--config", str(file))), "--name", name,
-            "--runs", str(self.runs), "--ckpt_path", str(run / LINK),
-        ]  # fmt: skip
+            *(word for file in configs for word in ("--config", str(file))),
+            "--name",
+            name,
+            "--runs",
+            str(self.runs),
+        ]
 
     # --- doing it -----------------------------------------------------------------------------------------------
 
@@ -333,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="Of every training, at most.")
     parser.add_argument("--resume", action="store_true", help="Go on with what is there.")
     parser.add_argument("--table", action="store_true", help="Do nothing: print the tables of what was gathered.")
+    parser.add_argument("--figure", type=Path, help="With --table: where the curves are drawn.")
     given = parser.parse_args(arguments)
     if given.per_gpu < 1 or given.steps_factor <= 0 or (given.minutes is not None and given.minutes <= 0):
         parser.error("give --per-gpu from 1, --steps-factor and --minutes above 0")
@@ -340,7 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.table:
         if not (work / RESULT).is_file():
             parser.error(f"{work}: no {RESULT} yet")
-        print(tables(json.loads((work / RESULT).read_text())))
+        result = json.loads((work / RESULT).read_text())
+        print(tables(result))
+        if given.figure is not None:
+            figure(result).savefig(given.figure, dpi=100)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with this
     (work / "runs").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a campaign of benchmarks/smollm2_memory.py left in its folder, as one JSON, and the tables of that.
+"""What a campaign of benchmarks/smollm2_memory.py left in its folder, as one JSON, and the figure and tables of that.
 
     {"recipe", "variants": {NAME: {"over", "ask", "fit", "overlay", "training", "evaluation", "failed", and of its run
      "steps", "steps_s", "speed", "losses", "held_out", "environment", "report"}}}
@@ -21,12 +21,15 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 
+from benchmarks.smollm2_variants import GROUPS, SEEDS
+from callbacks.figures import draw_curves
 from examples.smollm2_memory import RECIPE
 from msa_train.checkpoints import newest_checkpoint
 from msa_train.environment import FILE as ENVIRONMENT
 from msa_train.evaluation.report import FILE as REPORT
-from msa_train.evaluation.report import label, table
+from msa_train.evaluation.report import FORMAT, Report, label, table
 from msa_train.folders import TRAINER
 
 RESULT = "smollm2_memory.json"
@@ -150,19 +153,37 @@ def held_out(rows: Sequence[Row], before: dict[str, dict[str, float]]) -> dict[s
     return found
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
+# --- figure and tables ------------------------------------------------------------------------------------------
 
 
-def tables(result: dict[str, Any], seeds: Sequence[str] = ("seed0", "seed1", "seed2")) -> str:
+def figure(result: dict[str, Any], seed: str = SEEDS[0], baselines: Sequence[str] = GROUPS["baselines"]) -> Figure:
+    """Curves of one seed, and beside them those of every baseline.
+
+    Args:
+        result: What `gathered` found.
+        seed: The variant; it was evaluated.
+        baselines: Variants that are shown beside it, where they were evaluated.
+    """
+    variants = result["variants"]
+    own = variants[seed]["report"]
+    beside = [variants[name]["report"] for name in baselines if "report" in variants.get(name, {})]
+    rows = [{**row, "depths": []} for report in (own, *beside) for row in report["rows"]]
+    evaluation = {**{name: own[name] for name in ("step", "seconds", "settings", "metrics")}, "rows": rows}
+    report = Report.of({"format": FORMAT, "trained": own["trained"], "k": own["k"], "evaluations": [evaluation]})
+    return draw_curves(report, report.evaluations[0])
+
+
+def tables(result: dict[str, Any], seeds: Sequence[str] = SEEDS, baselines: Sequence[str] = GROUPS["baselines"]) -> str:
     """The headline, the needle tasks apart, and a line for every other variant.
 
     Args:
         result: What `gathered` found.
-        seeds: Variants that differ in their seeds alone. The first has the baselines.
+        seeds: Variants that differ in their seeds alone.
+        baselines: Variants that are shown beside them.
     """
     variants = result["variants"]
     told = {name: one["report"] for name, one in variants.items() if "report" in one}
-    alike = [told[name] for name in seeds if name in told]
+    alike, beside = ([told[name] for name in names if name in told] for names in (seeds, baselines))
     if not told:
         return "Nothing was evaluated yet."
     parts = []
@@ -171,27 +192,25 @@ def tables(result: dict[str, Any], seeds: Sequence[str] = ("seed0", "seed1", "se
         others = [task for task in alike[0]["metrics"] if task not in needles]
         spread = f"mean of {len(alike)} seeds, lowest to highest" if len(alike) > 1 else "one seed"
         for title, tasks in (("Headline", others), ("Needle tasks", needles)):
-            parts += [f"## {title}: {spread}\n", _by_length(alike, tasks, seeds[0] in told), ""] if tasks else []
-    lines = [(name, told.get(name), variants[name]) for name in variants if name not in seeds[1:]]
+            parts += [f"## {title}: {spread}\n", _by_length(alike, beside, tasks), ""] if tasks else []
+    lines = [(name, told.get(name), variants[name]) for name in variants if name not in (*seeds[1:], *baselines)]
     return "\n".join([*parts, "## Ablations\n", _ablations(lines)])
 
 
-def _by_length(seeds: Sequence[Row], tasks: Sequence[str], first: bool) -> str:
-    """Tasks over lengths: the model over its seeds, then who else was asked, by the first seed."""
-    lengths = sorted({row["length"] for report in seeds for row in report["rows"] if row["task"] in tasks})
-    model = seeds[0]["rows"][0]["method"]
+def _by_length(seeds: Sequence[Row], beside: Sequence[Row], tasks: Sequence[str]) -> str:
+    """Tasks over lengths: the model over its seeds, then each baseline."""
+    told = [row for report in (*seeds, *beside) for row in report["rows"]]
+    lengths = sorted({row["length"] for row in told if row["task"] in tasks})
     lines = []
     for task in tasks:
         metric = seeds[0]["metrics"][task]
         for score in (metric, "recall@k") if metric == "recall@1" else (metric,):
-            methods = dict.fromkeys(row["method"] for row in seeds[0]["rows"] if row["task"] == task)
-            for method in methods if first else [model]:
-                reports = seeds if method == model else seeds[:1]
-                cells = [[_value(report, task, score, n, method) for report in reports] for n in lengths]
+            for reports in (seeds, *([one] for one in beside)):
+                cells = [[_value(report, task, score, n) for report in reports] for n in lengths]
                 if any(value is not None for cell in cells for value in cell):
                     named = f"recall@{seeds[0]['k']}" if score == "recall@k" else score
-                    name = f"{task}: {named}, n {_asked(reports, task, score, method)}"
-                    lines.append([name, method, *map(_spread, cells)])
+                    name = f"{task}: {named}, n {_asked(reports, task, score)}"
+                    lines.append([name, reports[0]["rows"][0]["method"], *map(_spread, cells)])
     return table(["task", "by", *map(label, lengths)], lines)
 
 
@@ -224,18 +243,17 @@ def _ablations(lines: Sequence[tuple[str, Row | None, Row]]) -> str:
     return table(["variant", "steps", *head], [[str(cell) for cell in row] for row in rows])
 
 
-def _value(report: Row, task: str, score: str, length: int, method: str | None = None) -> float | None:
+def _value(report: Row, task: str, score: str, length: int) -> float | None:
     """A mean; None where it was not measured."""
-    by = method or report["rows"][0]["method"]
     for row in report["rows"]:
-        if (row["task"], row["length"], row["method"]) == (task, length, by) and score in row["scores"]:
+        if (row["task"], row["length"]) == (task, length) and score in row["scores"]:
             return row["scores"][score]["value"]
     return None
 
 
-def _asked(reports: Sequence[Row], task: str, score: str, method: str) -> str:
+def _asked(reports: Sequence[Row], task: str, score: str) -> str:
     """How many questions are behind the means of a task: the fewest and the most, where they differ."""
-    rows = [row for report in reports for row in report["rows"] if (row["task"], row["method"]) == (task, method)]
+    rows = [row for report in reports for row in report["rows"] if row["task"] == task]
     asked = {row["scores"][score]["n"] for row in rows if score in row["scores"]}
     return " to ".join(map(str, sorted({min(asked), max(asked)})))
 

@@ -1,6 +1,7 @@
 """The variants of benchmarks/smollm2_memory.py: what each has in the place of the recipe's, as words and as configs.
 
-Each differs in one thing, so that what comes out differs for one reason; all but two have the same seed. Words follow
+Each differs in one thing, so that what comes out differs for one reason; all but two have the same seed. Baselines
+stand among them, since no training changes what they score: they are asked once, and not after every run. Words follow
 behind all configs. Phases and the curriculum, which grow and shrink with the run, are a config of their own, the last
 one. The invariant: at a factor of 1 it says what the configs before it say.
 """
@@ -32,7 +33,7 @@ class Variant:
         over: Whose weights are evaluated; its own if it is trained.
         ask: How questions are answered.
         alike: All layers weigh alike where documents are ranked, not by their recall in the last validation.
-        baselines: The evaluation's baselines are asked too.
+        baseline: Who is asked in the model's place; nothing is trained for it.
     """
 
     fit: tuple[str, ...] = ()
@@ -42,7 +43,12 @@ class Variant:
     over: str | None = None
     ask: Mapping[str, Any] = field(default_factory=dict)
     alike: bool = False
-    baselines: bool = False
+    baseline: str | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.over is None and self.baseline is None
 
 
 def _at_the_backbones_rate(phases: Phases) -> Phases:
@@ -61,9 +67,13 @@ def _layers(first: int, stop: int) -> tuple[str, str]:
 
 
 VARIANTS = {
-    "seed0": Variant(killed=True, baselines=True),
+    "seed0": Variant(killed=True),
     "seed1": Variant(seed=1),
     "seed2": Variant(seed=2),
+    "untrained": Variant(baseline="untrained"),
+    "bm25": Variant(baseline="bm25"),
+    "dense": Variant(baseline="dense"),
+    "full_attention": Variant(baseline="full_attention_beyond"),
     "full": Variant(("--model.lora", "null"), _at_the_backbones_rate),
     "no_warm_up": Variant(phases=_without_warm_up),
     "only_8k": Variant(("--data.document_tokens", "8192")),
@@ -94,7 +104,8 @@ SEEDS = ("seed0", "seed1", "seed2")
 GROUPS = {
     "headline": SEEDS[:1],
     "seeds": SEEDS[1:],
-    "ablations": tuple(name for name in VARIANTS if name not in SEEDS),
+    "baselines": tuple(name for name, variant in VARIANTS.items() if variant.baseline),
+    "ablations": tuple(name for name, variant in VARIANTS.items() if name not in SEEDS and not variant.baseline),
     "evaluations": tuple(name for name, variant in VARIANTS.items() if variant.over),
 }
 
@@ -169,6 +180,5 @@ def evaluation(file: Path, variant: Variant) -> dict[str, Any]:
     if len(asked) != 1:
         raise SystemExit(f"{file}: give one callbacks.ExtrapolationEvaluation in trainer.callbacks")
     asked[0]["ask"] = {**asked[0].get("ask", {}), **variant.ask}
-    if not variant.baselines:
-        asked[0]["baselines"] = []
+    asked[0] |= {"router": variant.baseline is None, "baselines": [variant.baseline] if variant.baseline else []}
     return config

@@ -63,6 +63,8 @@ class ExtrapolationEvaluation(L.Callback):
         baselines: Who answers the same questions when training ends and in `msa-train test`: the `untrained` router;
             `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything,
             as far as its positions go, or `full_attention_beyond` them.
+        router: Ask the model itself. Without it the baselines alone are asked, whose scores no training changes: once
+            measured, they hold for every run on the same backbone.
         dense_model: Folder or hub name of the dense retriever's model, for sentence-transformers.
         ask: How questions are answered. Retrieving baselines read as many documents.
         keys: Precision of the routing keys.
@@ -79,6 +81,7 @@ class ExtrapolationEvaluation(L.Callback):
         at_steps: tuple[int, ...] = (),
         at_end: bool = True,
         baselines: tuple[Baseline, ...] = ("bm25", "untrained"),
+        router: bool = True,
         dense_model: str = "sentence-transformers/all-MiniLM-L6-v2",
         ask: AskConfig = AskConfig(),
         keys: Precision = "bfloat16",
@@ -95,7 +98,13 @@ class ExtrapolationEvaluation(L.Callback):
             raise UserError(
                 "ExtrapolationEvaluation: give lengths, a budget_s above 0, every_n_steps from 0, each baseline once"
             )
+        if not router and (not baselines or every_n_steps or at_steps):
+            raise UserError(
+                "ExtrapolationEvaluation: without the router there are only baselines, which are asked at the end: "
+                "give some, and neither every_n_steps nor at_steps"
+            )
         self.tasks, self.given_lengths, self.baselines = list(tasks), tuple(lengths), tuple(baselines)
+        self.router = router
         self.every_n_steps, self.at_steps, self.at_end = every_n_steps, tuple(at_steps), at_end
         self.dense_model, self.ask, self.keys, self.budget_s = dense_model, ask, keys, budget_s
         self.judge = judge
@@ -220,16 +229,14 @@ class ExtrapolationEvaluation(L.Callback):
             return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens, beyond=beyond)
 
         makers: dict[str, Callable[[], Method]] = {
+            "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),
             "untrained": lambda: Routed("untrained router", untouched(), protocol, self.ask, None, self.keys, ranks),
             "bm25": lambda: Retrieving(BM25Retriever(), reader(), self.ask.documents, ranks),
             "dense": lambda: Retrieving(self._dense(str(module.device)), reader(), self.ask.documents, ranks),
             "full_attention": lambda: FullAttention(reader(), ranks),
             "full_attention_beyond": lambda: FullAttention(reader(True), ranks, "full attention beyond"),
         }
-        return {
-            "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),
-            **{name: makers[name] for name in baselines},
-        }
+        return {name: makers[name] for name in (*(["router"] if self.router else []), *baselines)}
 
     def _dense(self, device: str) -> Retriever:
         from datamodules.dense import DenseRetriever  # its package is optional

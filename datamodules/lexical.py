@@ -12,6 +12,34 @@ from msa_train.evaluation.retrieval import best_places
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s starts jax where that is installed, which takes a GPU's memory
 import bm25s
+from bm25s.tokenization import Tokenized
+
+
+class Words:
+    """Numbers of the words of texts. Those of a text are remembered, since memories share most of their texts.
+
+    Args:
+        kept: Texts that are remembered, in host memory; the longest unused go first. One of 512 tokens takes about
+            3 KiB, itself included.
+    """
+
+    def __init__(self, kept: int = 1 << 17) -> None:
+        self.kept = kept
+        self._number: dict[str, int] = {}
+        self._words: dict[str, list[int]] = {}  # of texts, in the order of their last use
+
+    def of(self, texts: Sequence[str]) -> Tokenized:
+        """Words of every text, and the numbers of all words that were ever seen."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._words]
+        if missing:
+            for text, words in zip(missing, split(missing), strict=True):
+                self._words[text] = [self._number.setdefault(word, len(self._number)) for word in words]
+        found = [self._words[text] for text in texts]
+        for text in dict.fromkeys(texts):
+            self._words[text] = self._words.pop(text)
+        for text in list(self._words)[: max(len(self._words) - self.kept, 0)]:
+            del self._words[text]
+        return Tokenized(found, dict(self._number))  # a copy: an index adds a word of its own
 
 
 class LexicalIndex:
@@ -19,19 +47,20 @@ class LexicalIndex:
 
     Args:
         texts: The texts. None at all, or nothing but stop words, scores 0 everywhere.
+        words: Knows the words of texts that came before; new ones are remembered.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], words: Words | None = None) -> None:
         self.size = len(texts)
-        tokens = bm25s.tokenize(list(texts), show_progress=False) if self.size else None
+        tokens = (words or Words(0)).of(texts)
         self.index = None
-        if tokens is not None and tokens.vocab:
+        if any(tokens.ids):
             self.index = bm25s.BM25()
             self.index.index(tokens, show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """One score per text."""
-        words = bm25s.tokenize([query], show_progress=False, return_ids=False)[0]
+        (words,) = split([query])
         if self.index is None or not words:
             return np.zeros(self.size, np.float32)
         return self.index.get_scores(words)
@@ -46,6 +75,14 @@ class BM25Retriever:
 
     name = "BM25"
 
+    def __init__(self) -> None:
+        self._words = Words()
+
     def index(self, texts: Sequence[str]) -> LexicalIndex:
         """An index of these texts."""
-        return LexicalIndex(texts)
+        return LexicalIndex(texts, self._words)
+
+
+def split(texts: Sequence[str]) -> list[list[str]]:
+    """Words of every text: two letters at least, in lower case, without English stop words."""
+    return bm25s.tokenize(list(texts), return_ids=False, show_progress=False)

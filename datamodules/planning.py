@@ -166,6 +166,7 @@ class Planner:
         self._fill(rng, pack)
         order = list(pack.documents)
         rng.shuffle(order)
+        order = _in_order(order, {row for one in asked for step in one.steps if len(step) > 1 for row in step})
         if self.config.distractors:
             asked = [self._with_distractors(rng, one, order) for one in asked]
         return Plan(asked, order)
@@ -326,6 +327,18 @@ class Planner:
                 f"tokens (up to {need.max()} a query), more than document_tokens {budget}: "
                 "lower queries_per_pack or raise document_tokens"
             )
+
+
+def _in_order(documents: Sequence[int], together: set[int]) -> list[int]:
+    """The documents with those of `together` in the order of their corpus, at the places that they have among them.
+
+    What is found together is read in the order of its numbers, and an answer may tell it in the order of the corpus.
+
+    >>> _in_order([7, 1, 5, 9, 2], {7, 2, 5})
+    [2, 1, 5, 9, 7]
+    """
+    ascending = iter(sorted(row for row in documents if row in together))
+    return [next(ascending) if row in together else row for row in documents]
 
 
 class _Filling:

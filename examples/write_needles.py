@@ -56,8 +56,11 @@ class Corpus:
 
 
 def answer(drawn: Drawn) -> str:
-    """How a question is answered: RULER's words and the values, each behind its key where there are several keys."""
-    values: Sequence[str] = drawn.answers
+    """How a question is answered: RULER's words and the values, each behind its key where there are several keys.
+
+    Several values of one key come in the order in which their documents are read; any other could only be guessed.
+    """
+    values: Sequence[str] = [one for needle in drawn.needles for one in drawn.answers if needle.endswith(f" {one}.")]
     if len(drawn.keys) > 1:
         values = [f"{key}: {value}" for key, value in zip(drawn.keys, drawn.answers, strict=True)]
     return f"{drawn.lead} {listed(values)}."
@@ -76,7 +79,7 @@ def prose(questions: int, random: Random) -> Corpus:
         places = range(noise) if SETTINGS[name].haystack == "noise" else range(noise, len(texts))
         for _ in range(number):
             drawn = draw(SETTINGS[name], random, "training")
-            holders = random.sample(places, len(drawn.needles))
+            holders = sorted(random.sample(places, len(drawn.needles)))
             for holder, needle in zip(holders, drawn.needles, strict=True):
                 texts[holder].insert(random.randrange(len(texts[holder]) + 1), needle)
             wanted = [holder for holder, answers in zip(holders, drawn.wanted, strict=True) if answers]

@@ -64,6 +64,18 @@ def test_training_with_it_is_bitwise_training_without(tiny_run: Arguments, tmp_p
     assert {row.method for row in report.evaluations[-1].rows} == {"router", "untrained router", "BM25"}
 
 
+def test_baselines_alone_score_what_they_score_beside_the_router(tiny_run: Arguments, tmp_path: Path) -> None:
+    names = ["untrained", "bm25", "full_attention"]
+    flags = evaluated([RANKED, ANSWERED], baselines=names)
+    cli.build(["fit", *tiny_run(tmp_path, steps=1, name="with", **flags)])
+    alone = evaluated([RANKED, ANSWERED], baselines=names, router=False)
+    cli.build(["test", *tiny_run(tmp_path, steps=1, name="alone", **alone)])
+    beside, found = cells(tmp_path / "with"), cells(tmp_path / "alone")
+    assert {method for method, _, _ in beside} == {"router", "untrained router", "BM25", "full attention"}
+    assert found == {key: scores for key, scores in beside.items() if key[0] != "router"}
+    assert len(found) == 3 * 3 * 2 and (tmp_path / "alone" / "extrapolation.png").is_file()
+
+
 def test_what_it_leaves_behind(tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = evaluated([RANKED, ANSWERED], baselines=["bm25", "full_attention"])
     cli.build(["fit", *tiny_run(tmp_path, steps=3, **flags)])
@@ -174,6 +186,8 @@ def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_pa
         ({"budget_s": 0}, "budget_s above 0"),
         ({"tasks": [{**RANKED, "init_args": {"split": "dev"}}]}, "no split 'dev'"),
         ({"tasks": [{**NEEDLE, "init_args": {"task": "niah_9"}}]}, "niah_9"),
+        ({"router": False, "baselines": []}, "there are only baselines, which are asked at the end: give some"),
+        ({"router": False, "every_n_steps": 2}, "neither every_n_steps nor at_steps"),
         ({"judge": {"model": ""}}, "model is empty"),
         ({"judge": {"model": "any", "key_variable": "NO_SUCH_KEY"}}, "NO_SUCH_KEY"),
         ({"baselines": ["dense"], "dense_model": "nowhere"}, "cannot open the embedding model 'nowhere'"),

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks import smollm2_memory
-from benchmarks.smollm2_results import dumped, gathered, of_run, tables
+from benchmarks.smollm2_results import dumped, figure, gathered, of_run, tables
 from benchmarks.smollm2_variants import GROUPS, VARIANTS, Variant, chosen, evaluation, overlay
 from examples.smollm2_memory import EVALUATION, RECIPE
 from msa_train.cli import build
@@ -58,12 +58,13 @@ if kind == "fit":
     (run / "metrics.csv").write_text("loss/lm,loss/routing,loss/total,step\\n1,2,3,79\\n")
     (run / "last.ckpt").symlink_to("step=80.ckpt")
 else:
-    (weights,) = of("--ckpt_path")
-    assert (pathlib.Path(weights) / ".").is_dir() and pathlib.Path(of("--config")[0]).is_file()
-    asked = yaml.safe_load(pathlib.Path(of("--config")[1]).read_text())["trainer"]["callbacks"][0]["init_args"]
+    assert all((pathlib.Path(weights) / ".").is_dir() for weights in of("--ckpt_path"))
+    assert pathlib.Path(of("--config")[0]).is_file()
+    asked = yaml.safe_load(pathlib.Path(of("--config")[-1]).read_text())["trainer"]["callbacks"][0]["init_args"]
     row = {"method": "router", "task": "real", "length": 8192, "scores": {}, "depths": [[1.0, 2]]}
     last = {"step": 80, "rows": [row], "metrics": {"real": "recall@1"}, "ask": asked["ask"],
-            "baselines": asked["baselines"], "weighed": (run / "routing.json").is_file()}
+            "asked": [*(["router"] if asked["router"] else []), *asked["baselines"]],
+            "weighed": (run / "routing.json").is_file()}
     report = {"format": 1, "trained": 8192, "k": 16, "evaluations": [last]}
     (run / "report.json").write_text(json.dumps(report))
 note("ends")
@@ -140,7 +141,7 @@ def test_a_gpu_has_one_part_at_a_time_and_weights_are_there_before_they_are_eval
     assert [call["code"] for call in found["focal"]["training"]] == [0]
     assert all(one["failed"] is None and one["evaluation"][-1]["code"] == 0 for one in found.values())
     reports = {name: one["report"] for name, one in found.items()}
-    assert reports["seed0"]["baselines"] and reports["focal"]["baselines"] == reports["generative"]["baselines"] == []
+    assert all(report["asked"] == ["router"] for report in reports.values())
     assert reports["generative"]["ask"] == {**reports["seed0"]["ask"], "mode": "generative"}
     assert {name: report["weighed"] for name, report in reports.items()} == {
         **dict.fromkeys(names, True), "equal_layers": False
@@ -151,6 +152,16 @@ def test_a_gpu_has_one_part_at_a_time_and_weights_are_there_before_they_are_eval
     assert sorted((name, kind) for name, kind, *_ in lines) == sorted(
         [*((name, "training") for name in trained), *((name, "evaluation") for name in names)]
     )
+
+
+def test_baselines_are_asked_alone_and_without_weights(work: Path) -> None:
+    made, found = campaign(work, "--only", "baselines")
+    assert told(made) == [(name, "test") for name in GROUPS["baselines"]]
+    assert all(call["ckpt_path"] == [] for call in made)
+    assert [one["report"]["asked"] for one in found.values()] == [
+        ["untrained"], ["bm25"], ["dense"], ["full_attention_beyond"]
+    ]  # fmt: skip
+    assert campaign(work, "--only", "baselines", "--resume")[0] == []
 
 
 def test_as_many_parts_share_a_gpu_as_are_asked_for(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,12 +270,12 @@ def test_names_and_groups_choose_variants_in_their_order() -> None:
 def test_a_shorter_run_has_shorter_phases_and_a_nearer_curriculum() -> None:
     found = overlay([ROOT / RECIPE], Variant(), 0.25, minutes=1.5)
     first, main = found["model"]["phases"]
-    assert (first["steps"], first["warmup_steps"], main["steps"], main["warmup_steps"]) == (25, 5, 175, 0)
-    assert found["data"]["init_args"]["document_tokens"] == {0: 8192, 25: 65536}
-    assert found["checkpoint"]["every_n_train_steps"] == 20 and found["trainer"]["val_check_interval"] == 50
+    assert (first["steps"], first["warmup_steps"], main["steps"], main["warmup_steps"]) == (12, 2, 88, 0)
+    assert found["data"]["init_args"]["document_tokens"] == {0: 8192, 12: 65536}
+    assert found["checkpoint"]["every_n_train_steps"] == 10 and found["trainer"]["val_check_interval"] == 50
     assert found["trainer"]["max_time"] == {"seconds": 90}
     tiny = overlay([ROOT / RECIPE], Variant(), 0.01)["model"]["phases"]
-    assert [(phase["steps"], phase["warmup_steps"]) for phase in tiny] == [(1, 0), (7, 0)]
+    assert [(phase["steps"], phase["warmup_steps"]) for phase in tiny] == [(1, 0), (4, 0)]
 
 
 def test_phases_of_a_further_config_are_merged_as_msa_train_merges_them(tmp_path: Path) -> None:
@@ -278,7 +289,7 @@ def test_phases_of_a_further_config_are_merged_as_msa_train_merges_them(tmp_path
 
 def test_without_a_warm_up_the_main_phase_has_all_steps() -> None:
     (only,) = overlay([ROOT / RECIPE], VARIANTS["no_warm_up"])["model"]["phases"]
-    assert (only["steps"], only["warmup_steps"], only["lm_weight"]) == (800, 20, 1.0)
+    assert (only["steps"], only["warmup_steps"], only["lm_weight"]) == (400, 10, 1.0)
 
 
 @cache
@@ -335,7 +346,7 @@ def test_msa_train_takes_a_variants_words_which_change_what_it_says(
     assert set(model.routed_layers) <= set(range(30))
 
 
-@pytest.mark.parametrize("name", ["seed0", "seed1", *GROUPS["evaluations"]])
+@pytest.mark.parametrize("name", ["seed0", *GROUPS["baselines"], *GROUPS["evaluations"]])
 def test_msa_train_takes_a_variants_evaluation(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file, variant = tmp_path / "evaluation.yaml", VARIANTS[name]
@@ -344,13 +355,14 @@ def test_msa_train_takes_a_variants_evaluation(name: str, tmp_path: Path, monkey
     built = build([*words, "--trainer.precision=32-true"], run=False)
     assert built is not None
     (callback,) = (one for one in built.trainer.callbacks if type(one).__name__ == "ExtrapolationEvaluation")
-    assert bool(callback.baselines) == (name == "seed0")
+    assert callback.baselines == ((variant.baseline,) if variant.baseline else ())
+    assert callback.router == (name not in GROUPS["baselines"])
     recipes = {"mode": "router", "documents": 6} | dict(variant.ask)
     assert {key: getattr(callback.ask, key) for key in recipes} == recipes
 
 
 def test_every_trained_variant_has_its_change_told_here() -> None:
-    assert [*CHANGED] == [name for name, variant in VARIANTS.items() if variant.over is None]
+    assert [*CHANGED] == [name for name, variant in VARIANTS.items() if variant.trained]
 
 
 # --- what is gathered -----------------------------------------------------------------------------------------------
@@ -475,7 +487,8 @@ def test_tables_have_the_seeds_spread_the_needles_apart_and_a_line_for_every_abl
     beside = row("real", SHORT, 512, "BM25", recall_at_1=0.7, recall_at_k=0.8)
     result = {
         "variants": {
-            "seed0": report(0.9, 0.6, beside), "seed1": report(0.8, 0.5), "seed2": report(0.7, 0.1),
+            "seed0": report(0.9, 0.6), "seed1": report(0.8, 0.5), "seed2": report(0.7, 0.1),
+            "bm25": {"report": {"step": 0, "k": 16, "metrics": METRICS, "rows": [beside]}},
             "focal": report(0.5, 0.25), "chunk_32": {"failed": "exit code 3\nits log", "steps": {"done": 70}},
         }
     }  # fmt: skip
@@ -513,6 +526,22 @@ def test_a_seed_that_lacks_a_length_is_counted_out() -> None:
     second["report"]["rows"] = [one for one in second["report"]["rows"] if one["length"] != LONG]
     text = tables({"variants": {"seed0": report(0.9, 0.6), "seed1": second}})
     assert "| 0.850 (0.800 to 0.900) | – | 0.600, 1 of 2 |" in text
+
+
+def test_the_figure_has_the_seed_and_the_baselines(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"trained": 65536, "seconds": 1.0, "settings": {}}
+    rows = [row("real", length, 512, "BM25", recall_at_1=0.7) for length in (SHORT, LONG)]
+    seed, bm25 = report(0.9, 0.6), {"report": {"step": 0, "k": 16, "metrics": METRICS, "rows": rows}}
+    seed["report"] |= named
+    result = {"variants": {"seed0": seed, "bm25": bm25, "dense": {"failed": "exit code 3"}}}
+    drawn = {axes.get_title(): axes for axes in figure(result).axes}
+    assert [*drawn][:5] == [*METRICS]
+    lines = {line.get_label(): list(line.get_xdata()) for line in drawn["real"].lines}
+    assert lines["router"] == [SHORT, 2**20] and lines["BM25"] == [SHORT, LONG]
+    work.mkdir()
+    (work / smollm2_memory.RESULT).write_text(json.dumps(result))
+    smollm2_memory.main([str(work), "--table", "--figure", str(work / "curves.png")])
+    assert (work / "curves.png").read_bytes().startswith(b"\x89PNG") and "## Headline" in capsys.readouterr().out
 
 
 def test_the_table_is_printed_from_the_json_alone(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

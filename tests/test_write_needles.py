@@ -55,6 +55,17 @@ def test_every_question_is_answered_by_its_documents_and_by_no_other(
             assert all(f"{key}: {next(iter(holders[key]))}" in answer for key in keys), "each value behind its key"
 
 
+def test_several_values_of_a_key_are_told_in_the_order_of_their_documents(
+    corpora: dict[str, tuple[dict[str, str], list[Query]]],
+) -> None:
+    documents, queries = corpora["prose"]
+    place = {value: row for row, text in enumerate(documents.values()) for _, value in NEEDLE.findall(text)}
+    several = [query.answers[0] for query in queries if query.text.startswith("Some") and "all the" in query.text]
+    told = [re.findall(r"\d{7}", answer) for answer in several if ": " not in answer]
+    assert len(told) > 20 and all(len(values) == 4 for values in told)
+    assert all([place[value] for value in values] == sorted(place[value] for value in values) for values in told)
+
+
 def test_nothing_of_evaluation_occurs(corpora: dict[str, tuple[dict[str, str], list[Query]]]) -> None:
     adjectives = set(word_list("adjective"))
     evaluated = {sentence for sentence in shipped_prose("evaluation").sentences if len(sentence) > 60}

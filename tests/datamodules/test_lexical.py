@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.lexical import BM25Retriever, LexicalIndex
+from datamodules import lexical
+from datamodules.lexical import BM25Retriever, LexicalIndex, Words
 
 
 def by_hand(count: int, length: int, mean: float, having: int, texts: int) -> float:
@@ -31,3 +32,27 @@ def test_where_no_word_is_shared_all_score_0_and_come_in_order(make: Any, texts:
     index = make(texts)
     assert index.scores("What of the lynx?").tolist() == [0.0] * len(texts)
     assert index.best("", 5) == list(range(len(texts)))
+
+
+def test_what_came_before_changes_no_score() -> None:
+    retriever = BM25Retriever()
+    earlier = retriever.index(["the heron of a river", "kestrel, crane"])
+    before = earlier.scores("heron crane").tolist()
+    texts = ["Heron, otter, heron!", "lynx", "the heron of a river", "lynx", ""]
+    for question in ("heron lynx", "otter", "kestrel", "of"):
+        assert retriever.index(texts).scores(question).tolist() == LexicalIndex(texts).scores(question).tolist()
+    assert earlier.scores("heron crane").tolist() == before
+
+
+def test_a_text_is_split_once_and_what_was_longest_unused_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    split: list[str] = []
+    original = lexical.split
+    monkeypatch.setattr(lexical, "split", lambda texts: split.extend(texts) or original(texts))
+    words = Words(kept=3)
+    words.of(["heron", "otter", "lynx", "heron"])
+    assert split == ["heron", "otter", "lynx"]
+    words.of(["heron", "crane"])  # otter was used before lynx, and is forgotten
+    split.clear()
+    assert [len(one) for one in words.of(["lynx", "heron", "crane"]).ids] == [1, 1, 1] and split == []
+    words.of(["otter"])
+    assert split == ["otter"]

@@ -239,6 +239,20 @@ def test_a_questions_own_mined_negatives_are_read_first(data: Collection, protoc
     assert held > 50 and full > 3
 
 
+def test_what_is_found_together_is_read_in_the_order_of_its_corpus(packer: Packer) -> None:
+    together, orders = 0, set[bool]()
+    for index in range(300):
+        plan = packer.plan(index)
+        number = {row: place for place, row in enumerate(plan.documents)}
+        sought = {row for one in plan.asked for step in one.steps if len(step) > 1 for row in step}
+        places = [number[row] for row in sorted(sought)]
+        assert places == sorted(places)
+        together += len(sought) > 1
+        others = [row for row in plan.documents if row not in sought]
+        orders |= {left < right for left, right in zip(others, others[1:], strict=False)}
+    assert together > 100 and orders == {False, True}, "all others stand anywhere"
+
+
 def test_a_documents_number_carries_no_meaning(packer: Packer) -> None:
     """Over many packs the same document stands everywhere."""
     places: dict[int, list[float]] = {}
