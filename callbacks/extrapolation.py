@@ -37,6 +37,7 @@ from msa_train.evaluation.retrieval import Retriever
 from msa_train.evaluation.task import headlines, means
 from msa_train.findings import Finding
 from msa_train.generation import AskConfig
+from msa_train.guard import Guard
 from msa_train.kernels.maxsim import Precision
 from msa_train.model import MemorySparseModel
 from msa_train.module import MemorySparseModule
@@ -178,15 +179,21 @@ class ExtrapolationEvaluation(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates once more, baselines included."""
         if self.at_end:
-            self._run(trainer, pl_module, self.baselines)
+            self._run_last(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates what `msa-train test` opened, baselines included."""
-        self._run(trainer, pl_module, self.baselines)
+        self._run_last(trainer, pl_module)
 
     # --- what ---------------------------------------------------------------------------------------------------
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, baselines: tuple[Baseline, ...]) -> None:
+    def _run_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        guard = _guard(trainer)
+        if self._run(trainer, pl_module, self.baselines) and guard is not None:
+            guard.leave(trainer, "the evaluation is cut short; `msa-train test` with --ckpt_path last makes it anew")
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, baselines: tuple[Baseline, ...]) -> bool:
+        """Evaluates; whether it was told to stop before its end."""
         _, module = parts(trainer, pl_module, self)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput):
@@ -198,7 +205,11 @@ class ExtrapolationEvaluation(L.Callback):
         metrics = headlines(self.tasks)
         tell = partial(_tell, step=step, metrics=metrics)
         lengths = self.lengths[:1] if trainer.fast_dev_run else self.lengths  # type: ignore[attr-defined]
-        evaluator = Evaluator(self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell)
+        guard = _guard(trainer)
+        evaluator = Evaluator(
+            self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell,
+            stop=lambda: guard is not None and guard.told,
+        )  # fmt: skip
         try:
             with whole(module), undisturbed(trainer, module):
                 rows, records = evaluator.run(self._methods(trainer, module, baselines, ranks))
@@ -211,6 +222,7 @@ class ExtrapolationEvaluation(L.Callback):
             evaluation = Evaluation(step, time.monotonic() - started, self._settings(), rows, metrics)
             self.report = self.report.with_evaluation(evaluation)
             self._publish(trainer, folder, evaluation, records)
+        return evaluator.stopped
 
     def _methods(
         self, trainer: L.Trainer, module: MemorySparseModule, baselines: tuple[Baseline, ...], ranks: Ranks
@@ -278,6 +290,10 @@ class ExtrapolationEvaluation(L.Callback):
             say(self._judge.spent.told(), soft_wrap=True, highlight=False)
         for what, place in (("curves", CURVES), ("depths", DEPTHS), ("tables", TABLES), ("numbers", FILE)):
             say(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
+
+
+def _guard(trainer: L.Trainer) -> Guard | None:
+    return next((one for one in trainer.callbacks if isinstance(one, Guard)), None)  # type: ignore[attr-defined]
 
 
 def _tell(row: Row, step: int, metrics: Mapping[str, str]) -> None:

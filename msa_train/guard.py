@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -30,7 +30,8 @@ SKIPPED = "skipped.jsonl"
 class Guard(L.Callback):
     """Looks after a run.
 
-    On SIGTERM or SIGUSR1 the step is finished and saved, and the exit code is 75.
+    On SIGTERM or SIGUSR1 the step is finished and saved, and the exit code is 75. An evaluation that is told to stop
+    writes down what it has, and its exit code is the same.
 
     Args:
         hang_minutes: A step that takes longer ends the job, with the stacks of all ranks in the run's folder.
@@ -57,8 +58,7 @@ class Guard(L.Callback):
         that are taken again."""
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
-        if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._heard) for one in SIGNALS}
+        self._listen()
         run = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             remove(run / STACKS)
@@ -70,6 +70,10 @@ class Guard(L.Callback):
         self._watch = HangWatch(run / STACKS, trainer.global_rank, trainer.world_size, 60 * self.hang_minutes)
         self._watch.start()
 
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens: evaluations, which come now, ask whether they were told to stop."""
+        self._listen()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Watches no more."""
         if self._watch is not None:
@@ -78,6 +82,29 @@ class Guard(L.Callback):
         for one, handler in self._before.items():
             signal.signal(one, handler)
         self._before = {}
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._heard) for one in SIGNALS}
+
+    @property
+    def told(self) -> bool:
+        """Whether a signal told this rank to stop."""
+        return self._signal is not None
+
+    def leave(self, trainer: L.Trainer, what: str) -> NoReturn:
+        """Ends the process with the code that asks for another start.
+
+        Args:
+            trainer: Of the run.
+            what: What became of the run, and how to go on.
+        """
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        launched = environment is not None and not environment.creates_processes_externally
+        if trainer.is_global_zero:
+            print(f"msa-train: told to stop: {what}", file=sys.stderr, flush=True)
+        # Lightning takes another code of a process that it launched for a crash, and kills this one
+        raise SystemExit(0 if launched and not trainer.is_global_zero else REQUEUE)
 
     # --- at every step ------------------------------------------------------------------------------------------
 
@@ -103,35 +130,33 @@ class Guard(L.Callback):
         self._leave(trainer, validate_first=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks at the last steps."""
+        """Looks at the last steps, and has them saved before others evaluate, which may take long or fail."""
         assert isinstance(pl_module, MemorySparseModule)
         self._record(trainer, pl_module)
+        self._save(trainer)
 
     def _heard(self, signum: int, frame: Any) -> None:
         self._signal = signum
 
     def _agreed(self) -> bool:
         if self._group is None:
-            return self._signal is not None
-        heard = torch.tensor([float(self._signal is not None)])
+            return self.told
+        heard = torch.tensor([float(self.told)])
         torch.distributed.all_reduce(heard, group=self._group)
         return bool(heard.item())
 
     def _leave(self, trainer: L.Trainer, validate_first: bool) -> None:
         if not self._leaving:
             return
+        self._save(trainer, validate_first)
+        saved = is_whole(folder_of(Path(trainer.default_root_dir), trainer.global_step))
+        told = f"step {trainer.global_step} {'is' if saved else 'could not be'} saved"
+        self.leave(trainer, f"{told}; exit code {REQUEUE} asks for another start with --ckpt_path last")
+
+    def _save(self, trainer: L.Trainer, validate_first: bool = False) -> None:
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, Checkpoints):
                 keeper.save(trainer, validate_first)
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        launched = environment is not None and not environment.creates_processes_externally
-        if trainer.is_global_zero:
-            saved = is_whole(folder_of(Path(trainer.default_root_dir), trainer.global_step))
-            told = f"step {trainer.global_step} {'is' if saved else 'could not be'} saved"
-            print(f"msa-train: told to stop: {told}; exit code {REQUEUE} asks for another start with --ckpt_path last",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        # Lightning takes another code of a process that it launched for a crash, and kills this one
-        raise SystemExit(0 if launched and not trainer.is_global_zero else REQUEUE)
 
     def _record(self, trainer: L.Trainer, module: MemorySparseModule) -> None:
         skipped = module.take_skipped()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import ExtrapolationEvaluation
+from callbacks import ExtrapolationEvaluation, extrapolation
 from callbacks.figures import draw_curves, draw_depths
 from datamodules import RetrievalTask
 from msa_train import cli
@@ -19,6 +21,8 @@ from msa_train.errors import UserError
 from msa_train.evaluation.evaluate import DEPTHS, Row
 from msa_train.evaluation.report import Evaluation, Report
 from msa_train.evaluation.scores import Mean
+from msa_train.guard import REQUEUE
+from tests.conftest import newest
 
 Arguments = Callable[..., list[str]]
 RANKED = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 7, "per_memory": 3}}
@@ -74,6 +78,39 @@ def test_baselines_alone_score_what_they_score_beside_the_router(tiny_run: Argum
     assert {method for method, _, _ in beside} == {"router", "untrained router", "BM25", "full attention"}
     assert found == {key: scores for key, scores in beside.items() if key[0] != "router"}
     assert len(found) == 3 * 3 * 2 and (tmp_path / "alone" / "extrapolation.png").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_an_evaluation_that_is_told_to_stop_writes_what_it_has_and_can_be_made_anew(
+    command: str,
+    tiny_run: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told: list[Row] = []
+
+    def tell(row: Row, **_: Any) -> None:
+        told.append(row)
+        if len(told) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(extrapolation, "_tell", tell)
+    before = signal.getsignal(signal.SIGTERM)
+    words = tiny_run(tmp_path, steps=3, **evaluated([RANKED, ANSWERED], baselines=["bm25"]))
+    with pytest.raises(SystemExit) as end:
+        cli.build([command, *words])
+    assert end.value.code == REQUEUE and "told to stop: the evaluation is cut short" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    folder = tmp_path / "tiny"
+    rows = Report.open(folder).evaluations[-1].rows
+    assert [bool(row.scores) for row in rows] == [True] * 3 + [False] * 9 and (folder / "report.md").is_file()
+    assert {row.note for row in rows[3:]} == {"left out: told to stop"}
+    if command == "fit":
+        assert newest(folder)["global_step"] == 3, "saved before the evaluation"
+        monkeypatch.undo()
+        cli.build(["test", *words, "--ckpt_path=last"])
+        assert all(row.scores for row in Report.open(folder).evaluations[-1].rows)
 
 
 def test_what_it_leaves_behind(tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

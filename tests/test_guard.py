@@ -57,6 +57,14 @@ class Disturb(L.Callback):
             loss.register_hook(lambda gradient: gradient * torch.nan)
 
 
+class Fail(L.Callback):
+    """Fails when training has ended, as an evaluation may."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fails."""
+        raise RuntimeError("the evaluation's fault")
+
+
 def disturb(step: int, what: str, **others: Any) -> dict[str, str]:
     given = {"class_path": "tests.test_guard.Disturb", "init_args": {"step": step, "what": what, **others}}
     return {"trainer.callbacks": json.dumps([given])}
@@ -78,6 +86,13 @@ def test_a_signal_ends_the_run_after_its_step_and_the_rest_is_that_of_the_uninte
     whole, rest = newest(tmp_path / "whole"), newest(parts)
     for kind in ("state_dict", "moments"):
         assert all(torch.equal(whole[kind][name], rest[kind][name]) for name in whole[kind])
+
+
+def test_the_last_step_is_saved_before_others_begin_what_may_fail(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = {"trainer.callbacks": json.dumps([{"class_path": "tests.test_guard.Fail"}])}
+    with pytest.raises(RuntimeError, match="the evaluation's fault"):
+        cli.build(["fit", *tiny_run(tmp_path, steps=5, **flags)])
+    assert newest(tmp_path / "tiny")["global_step"] == 5
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tiny_run: Arguments, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ class Evaluator:
         ranks: Who takes part.
         tell: Told of every cell as it is done, on the first rank.
         clock: Seconds from anywhere.
+        stop: Whether to end with what there is; the first rank's word counts.
 
     Raises:
         UserError: The tasks of a group have different headline scores.
@@ -126,10 +127,12 @@ class Evaluator:
         ranks: Ranks = Ranks(),
         tell: Callable[[Row], object] = lambda row: None,
         clock: Callable[[], float] = time.monotonic,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         assert list(lengths) == sorted(set(lengths)) and len({task.name for task in tasks}) == len(tasks)
         self.tasks, self.lengths, self.k, self.budget_s = tasks, lengths, k, budget_s
-        self.judge, self.ranks, self.tell, self.clock = judge, ranks, tell, clock
+        self.judge, self.ranks, self.tell, self.clock, self.stop = judge, ranks, tell, clock, stop
+        self.stopped = False
         self.means = means(tasks)
 
     def run(self, methods: Mapping[str, Callable[[], Method]]) -> tuple[list[Row], list[Record]]:
@@ -160,7 +163,7 @@ class Evaluator:
             done: dict[str, tuple[Row, list[Record]]] = {}
             for task in self.tasks:
                 foreseen = self.ranks.together(partial(self._foreseen, method, task, length, deadline, pace))
-                note = self.ranks.told(foreseen)
+                note = "left out: told to stop" if self._told_to_stop() else self.ranks.told(foreseen)
                 started = self.clock()
                 cell = _Cell(note=note) if note else self._cell(method, task, length, deadline)
                 whole = not cell.note
@@ -176,6 +179,11 @@ class Evaluator:
                 row = self.ranks.together(partial(self._mean, name, tasks, done))
                 if row is not None:
                     yield row, []
+
+    def _told_to_stop(self) -> bool:
+        """Whether the first rank was. All ranks ask at the same places."""
+        self.stopped = self.stopped or self.ranks.told(self.stop())
+        return self.stopped
 
     def _foreseen(self, method: Method, task: Task, length: int, deadline: float, pace: Pace) -> str:
         """Why a cell is left out; empty if it is not."""
@@ -196,8 +204,9 @@ class Evaluator:
         cell.preparing = self.clock() - started
         while memories := self.ranks.together(lambda: next(batches, [])):
             late = bool(cell.records) and self.clock() > deadline
-            if self.ranks.told(late):
-                cell.note = "ended early: no time for more questions"
+            if self._told_to_stop() or self.ranks.told(late):
+                why = "told to stop" if self.stopped else "no time for more questions"
+                cell.note = f"{'ended early' if cell.records else 'left out'}: {why}"
                 break
             found, note = self._asked(method, task, memories)
             cell.note = self.ranks.told(note)

@@ -421,6 +421,39 @@ def test_a_cell_that_was_begun_has_its_first_questions_however_late_it_is(protoc
     assert rows[0].scores["right"].n == TOGETHER and "ended early" in rows[0].note and rows[0].seconds == 99.0
 
 
+def test_who_is_told_to_stop_ends_with_what_there_is(protocol: Protocol) -> None:
+    clock = Clock()
+    per_batch = {10: 1.0, 20: 8.0, 40: 1.0}
+    others: list[str] = []
+
+    def other() -> Method:
+        others.append("made")
+        return ToldMethod(right, "other")
+
+    rows, _ = run(
+        [many(protocol, 3 * TOGETHER - 5)], LENGTHS,
+        lambda: ToldMethod(right, clock=clock, seconds=per_batch.__getitem__), other, clock=clock,
+        stop=lambda: 12.0 < clock.now < 20.0,
+    )  # fmt: skip
+    told = "told to stop"
+    assert notes(rows) == {
+        ("told", 20): f"ended early: {told}", ("told", 40): f"left out: {told}",
+        **{("other", length): f"left out: {told}" for length in LENGTHS},
+    }  # fmt: skip
+    assert [row.scores["right"].n if row.scores else 0 for row in rows] == [43, 32, 0, 0, 0, 0]
+
+
+def test_who_is_told_to_stop_while_it_gets_ready_asks_nothing(protocol: Protocol) -> None:
+    ready: list[int] = []
+
+    class Preparing(ToldMethod):
+        def prepare(self, task: Task, length: int) -> None:
+            ready.append(length)
+
+    rows, records = run([rivers(protocol)], LENGTHS, lambda: Preparing(right), stop=lambda: bool(ready))
+    assert {row.note for row in rows} == {"left out: told to stop"} and ready == [10] and not records
+
+
 # --- what does not go -------------------------------------------------------------------------------------------
 
 
