@@ -138,7 +138,7 @@ class Campaign:
         """
         for name in names:
             over = VARIANTS[name].over
-            if over is not None and over not in names and not self._trained(over):
+            if over is not None and over not in names and not self._ended_well(over, TRAINING):
                 raise SystemExit(f"{name} is evaluated over {over}, which is not trained in {self.work}: choose it too")
         parts = []
         for name in names:
@@ -148,17 +148,17 @@ class Campaign:
                     old.unlink(missing_ok=True)
                 if run.exists():
                     shutil.rmtree(run)
-            elif (run / REPORT).is_file():
+            elif (run / REPORT).is_file() and self._ended_well(name, EVALUATING):
                 print(f"{name}: its report is there", flush=True)
                 continue
             self._configure(name)
-            if variant.trained and not self._trained(name):
+            if variant.trained and not self._ended_well(name, TRAINING):
                 parts.append(Part(name, TRAINING, name))
             parts.append(Part(name, EVALUATING, variant.over or name))
         return parts
 
-    def _trained(self, name: str) -> bool:
-        calls = read_record(self.work, name).get(TRAINING, [])
+    def _ended_well(self, name: str, kind: str) -> bool:
+        calls = read_record(self.work, name).get(kind, [])
         return bool(calls) and calls[-1]["code"] == 0
 
     def _configure(self, name: str) -> None:

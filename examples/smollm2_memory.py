@@ -116,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train(run, [*fit, "--name", given.name, *seeds])
     if part(4, "report", (run / "report.md").is_file()):
         config = str(run / "config.yaml")
-        run_command(msa_train("test", "--config", config, "--config", EVALUATION, "--ckpt_path", "last"))
+        try:
+            run_command(msa_train("test", "--config", config, "--config", EVALUATION, "--ckpt_path", "last"))
+        except SystemExit:
+            (run / "report.md").unlink(missing_ok=True)  # one that was told to stop has written what it had
+            raise
     if part(5, "routers", routers.is_dir()):
         run_command(msa_train("export", str(run), "--out", str(routers), "--only", "routers"))
     print(f"{run / 'report.md'}\n{routers}")

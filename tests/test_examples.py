@@ -124,3 +124,27 @@ def test_the_recipe_takes_what_msa_train_takes(monkeypatch: pytest.MonkeyPatch, 
         test[3] == "test" and test[-2:] == ["--ckpt_path", "last"] and "configs/evaluation/smollm2_memory.yaml" in test
     )
     assert export[3] == "export" and export[-2:] == ["--only", "routers"]
+
+
+def test_a_report_that_was_cut_short_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from examples import smollm2_memory
+
+    run, done = tmp_path / "checkpoints" / "mine", list[str]()
+    run.mkdir(parents=True)
+
+    def command(words: list[str]) -> None:
+        done.append(words[3] if len(words) > 3 else words[1])
+        if done[-1] == "test":
+            (run / "report.md").write_text("what it had")
+            if done.count("test") == 1:
+                raise SystemExit(75)
+
+    monkeypatch.setattr(smollm2_memory, "ROOT", tmp_path)
+    monkeypatch.setattr(smollm2_memory, "run_command", command)
+    monkeypatch.setattr(smollm2_memory, "train", lambda run, fit: None)
+    with pytest.raises(SystemExit) as ended:
+        smollm2_memory.main(["--name", "mine"])
+    assert ended.value.code == 75 and "export" not in done
+    for _ in range(2):
+        smollm2_memory.main(["--name", "mine"])
+    assert done.count("test") == 2 and "export" in done

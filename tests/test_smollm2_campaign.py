@@ -208,6 +208,9 @@ def test_resuming_does_what_is_not_done_and_nothing_twice(work: Path, monkeypatc
     assert [call["code"] for call in found["coupled"]["training"]] == [3, 0], "what went before is told too"
     assert all(one["failed"] is None for one in found.values())
     assert campaign(work, "--only", *names, "--resume")[0] == []
+    record = work / "focal.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "evaluation": [{"code": 75}]}))
+    assert told(campaign(work, "--only", *names, "--resume")[0]) == [("focal", "test")], "it was told to stop"
     made, _ = campaign(work, "--only", "focal")
     assert told(made) == [("focal", "fit"), ("focal", "test")] and made[0]["ckpt_path"] == [], "anew"
 
