@@ -3,7 +3,7 @@
     python benchmarks/smollm2_memory.py WORK [--only headline seeds baselines ablations NAME ...]
         [--config MORE.yaml ...] [--evaluation FILE.yaml] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0] [--minutes M]
         [--resume]
-    python benchmarks/smollm2_memory.py WORK --table [--figure FILE.png]
+    python benchmarks/smollm2_memory.py WORK --table | --figure FILE.png
 
 Reads the corpora that parts 1 and 2 of examples/smollm2_memory.py make. Every variant (benchmarks/smollm2_variants.py)
 is trained and evaluated by `msa-train` in processes of its own, each of which sees one GPU: runs lie in WORK/runs/NAME,
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder's names
 
 from benchmarks.smollm2_results import RESULT, dumped, figure, gathered, read_record, tables  # noqa: E402
-from benchmarks.smollm2_variants import GROUPS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
+from benchmarks.smollm2_variants import GROUPS, SEEDS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
 from examples.smollm2_memory import EVALUATION, RECIPE, half_way, saved_step  # noqa: E402
 from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
 from msa_train.folders import LINK  # noqa: E402
@@ -342,17 +342,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="Of every training, at most.")
     parser.add_argument("--resume", action="store_true", help="Go on with what is there.")
     parser.add_argument("--table", action="store_true", help="Do nothing: print the tables of what was gathered.")
-    parser.add_argument("--figure", type=Path, help="With --table: where the curves are drawn.")
+    parser.add_argument("--figure", type=Path, help="Do nothing: draw the curves of the first seed there.")
     given = parser.parse_args(arguments)
     if given.per_gpu < 1 or given.steps_factor <= 0 or (given.minutes is not None and given.minutes <= 0):
         parser.error("give --per-gpu from 1, --steps-factor and --minutes above 0")
     work = given.work.resolve()
-    if given.table:
+    if given.table or given.figure:
         if not (work / RESULT).is_file():
             parser.error(f"{work}: no {RESULT} yet")
         result = json.loads((work / RESULT).read_text())
-        print(tables(result))
-        if given.figure is not None:
+        if given.table:
+            print(tables(result))
+        if given.figure and "report" not in result["variants"].get(SEEDS[0], {}):
+            parser.error(f"{work}: {SEEDS[0]} was not evaluated yet")
+        if given.figure:
             figure(result).savefig(given.figure, dpi=100)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with this

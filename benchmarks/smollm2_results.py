@@ -157,7 +157,7 @@ def held_out(rows: Sequence[Row], before: dict[str, dict[str, float]]) -> dict[s
 
 
 def figure(result: dict[str, Any], seed: str = SEEDS[0], baselines: Sequence[str] = GROUPS["baselines"]) -> Figure:
-    """Curves of one seed, and beside them those of every baseline.
+    """Curves of one seed's headline, and beside them those of every baseline.
 
     Args:
         result: What `gathered` found.
@@ -168,7 +168,8 @@ def figure(result: dict[str, Any], seed: str = SEEDS[0], baselines: Sequence[str
     own = variants[seed]["report"]
     beside = [variants[name]["report"] for name in baselines if "report" in variants.get(name, {})]
     rows = [{**row, "depths": []} for report in (own, *beside) for row in report["rows"]]
-    evaluation = {**{name: own[name] for name in ("step", "seconds", "settings", "metrics")}, "rows": rows}
+    metrics = {task: own["metrics"][task] for task in headline(own)}
+    evaluation = {**{name: own[name] for name in ("step", "seconds", "settings")}, "rows": rows, "metrics": metrics}
     report = Report.of({"format": FORMAT, "trained": own["trained"], "k": own["k"], "evaluations": [evaluation]})
     return draw_curves(report, report.evaluations[0])
 
@@ -188,13 +189,18 @@ def tables(result: dict[str, Any], seeds: Sequence[str] = SEEDS, baselines: Sequ
         return "Nothing was evaluated yet."
     parts = []
     if alike:
-        needles = [task for task in alike[0]["metrics"] if task.startswith("niah_") and "_mean_of_" not in task]
-        others = [task for task in alike[0]["metrics"] if task not in needles]
+        others = headline(alike[0])
+        needles = [task for task in alike[0]["metrics"] if task not in others]
         spread = f"mean of {len(alike)} seeds, lowest to highest" if len(alike) > 1 else "one seed"
         for title, tasks in (("Headline", others), ("Needle tasks", needles)):
             parts += [f"## {title}: {spread}\n", _by_length(alike, beside, tasks), ""] if tasks else []
     lines = [(name, told.get(name), variants[name]) for name in variants if name not in (*seeds[1:], *baselines)]
     return "\n".join([*parts, "## Ablations\n", _ablations(lines)])
+
+
+def headline(report: Row) -> list[str]:
+    """Tasks of a report, and means over tasks in the place of the needle tasks themselves."""
+    return [task for task in report["metrics"] if not task.startswith("niah_") or "_mean_of_" in task]
 
 
 def _by_length(seeds: Sequence[Row], beside: Sequence[Row], tasks: Sequence[str]) -> str:

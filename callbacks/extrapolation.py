@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -45,6 +46,7 @@ from msa_train.runs import RECALL, layer_shares, read_recall
 from msa_train.source import PackSource
 
 Baseline = Literal["untrained", "bm25", "dense", "full_attention", "full_attention_beyond"]
+CUT = "told to stop: the evaluation is cut short; `msa-train test` makes it anew"
 CURVES, DEPTHS, GRADES = "extrapolation.png", "depth.png", "judge.jsonl"
 
 
@@ -64,8 +66,8 @@ class ExtrapolationEvaluation(L.Callback):
         baselines: Who answers the same questions when training ends and in `msa-train test`: the `untrained` router;
             `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything,
             as far as its positions go, or `full_attention_beyond` them.
-        router: Ask the model itself. Without it the baselines alone are asked, whose scores no training changes: once
-            measured, they hold for every run on the same backbone.
+        router: Ask the model itself. Without it `msa-train test` asks the baselines alone: no training changes their
+            scores, and those of retrievers and of full attention hold for every run on the same backbone.
         dense_model: Folder or hub name of the dense retriever's model, for sentence-transformers.
         ask: How questions are answered. Retrieving baselines read as many documents.
         keys: Precision of the routing keys.
@@ -99,11 +101,8 @@ class ExtrapolationEvaluation(L.Callback):
             raise UserError(
                 "ExtrapolationEvaluation: give lengths, a budget_s above 0, every_n_steps from 0, each baseline once"
             )
-        if not router and (not baselines or every_n_steps or at_steps):
-            raise UserError(
-                "ExtrapolationEvaluation: without the router there are only baselines, which are asked at the end: "
-                "give some, and neither every_n_steps nor at_steps"
-            )
+        if not router and not baselines:
+            raise UserError("ExtrapolationEvaluation: without the router there are only baselines: give some")
         self.tasks, self.given_lengths, self.baselines = list(tasks), tuple(lengths), tuple(baselines)
         self.router = router
         self.every_n_steps, self.at_steps, self.at_end = every_n_steps, tuple(at_steps), at_end
@@ -118,6 +117,9 @@ class ExtrapolationEvaluation(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Opens the tasks, so that what is wrong with them is known before anything is trained."""
         data, module = parts(trainer, pl_module, self)
+        if stage == "fit" and not self.router:
+            raise UserError("ExtrapolationEvaluation: router: false leaves nothing to watch in training: ask the "
+                            "baselines in `msa-train test`")  # fmt: skip
         self._open(data)
         # earlier evaluations stand in the run's folder, and outlive a resume there
         folder, trained = Path(trainer.default_root_dir), data.packing.document_tokens
@@ -178,19 +180,18 @@ class ExtrapolationEvaluation(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates once more, baselines included."""
-        if self.at_end:
-            self._run_last(trainer, pl_module)
+        if self.at_end and self._run(trainer, pl_module, self.baselines) and trainer.is_global_zero:
+            print(
+                f"msa-train: {CUT}", file=sys.stderr, flush=True
+            )  # training is done, and another start has nothing to do
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates what `msa-train test` opened, baselines included."""
-        self._run_last(trainer, pl_module)
-
-    # --- what ---------------------------------------------------------------------------------------------------
-
-    def _run_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         guard = _guard(trainer)
         if self._run(trainer, pl_module, self.baselines) and guard is not None:
-            guard.leave(trainer, "the evaluation is cut short; `msa-train test` with --ckpt_path last makes it anew")
+            guard.leave(trainer, CUT)
+
+    # --- what ---------------------------------------------------------------------------------------------------
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, baselines: tuple[Baseline, ...]) -> bool:
         """Evaluates; whether it was told to stop before its end."""
@@ -220,8 +221,12 @@ class ExtrapolationEvaluation(L.Callback):
                 torch.cuda.empty_cache()
         if trainer.is_global_zero:
             evaluation = Evaluation(step, time.monotonic() - started, self._settings(), rows, metrics)
-            self.report = self.report.with_evaluation(evaluation)
-            self._publish(trainer, folder, evaluation, records)
+            earlier = any(one.step == step for one in self.report.evaluations)
+            if not evaluator.stopped or (records and not earlier):  # a whole one outlives one that was cut short
+                self.report = self.report.with_evaluation(evaluation)
+                self._publish(trainer, folder, evaluation, records)
+        if evaluator.stopped:
+            trainer.strategy.barrier()  # who leaves first may end the others
         return evaluator.stopped
 
     def _methods(

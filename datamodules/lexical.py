@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,30 +17,30 @@ from bm25s.tokenization import Tokenized
 
 
 class Words:
-    """Numbers of the words of texts. Those of a text are remembered, since memories share most of their texts.
+    """The words of texts, which are remembered, since memories share most of their texts.
 
     Args:
         kept: Texts that are remembered, in host memory; the longest unused go first. One of 512 tokens takes about
-            3 KiB, itself included.
+            4 KiB, itself included.
     """
 
     def __init__(self, kept: int = 1 << 17) -> None:
         self.kept = kept
-        self._number: dict[str, int] = {}
-        self._words: dict[str, list[int]] = {}  # of texts, in the order of their last use
+        self._words: dict[str, list[str]] = {}  # of texts, in the order of their last use
 
     def of(self, texts: Sequence[str]) -> Tokenized:
-        """Words of every text, and the numbers of all words that were ever seen."""
+        """Words of every text, numbered in the order in which they come."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._words]
         if missing:
             for text, words in zip(missing, split(missing), strict=True):
-                self._words[text] = [self._number.setdefault(word, len(self._number)) for word in words]
-        found = [self._words[text] for text in texts]
+                self._words[text] = [sys.intern(word) for word in words]  # one of each word, not one of each place
+        number: dict[str, int] = {}
+        found = [[number.setdefault(word, len(number)) for word in self._words[text]] for text in texts]
         for text in dict.fromkeys(texts):
             self._words[text] = self._words.pop(text)
         for text in list(self._words)[: max(len(self._words) - self.kept, 0)]:
             del self._words[text]
-        return Tokenized(found, dict(self._number))  # a copy: an index adds a word of its own
+        return Tokenized(found, number)
 
 
 class LexicalIndex:

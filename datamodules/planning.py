@@ -166,7 +166,7 @@ class Planner:
         self._fill(rng, pack)
         order = list(pack.documents)
         rng.shuffle(order)
-        order = _in_order(order, {row for one in asked for step in one.steps if len(step) > 1 for row in step})
+        order = _in_order(order, [step for one in asked for step in one.steps])
         if self.config.distractors:
             asked = [self._with_distractors(rng, one, order) for one in asked]
         return Plan(asked, order)
@@ -329,16 +329,24 @@ class Planner:
             )
 
 
-def _in_order(documents: Sequence[int], together: set[int]) -> list[int]:
-    """The documents with those of `together` in the order of their corpus, at the places that they have among them.
+def _in_order(documents: Sequence[int], steps: Iterable[Sequence[int]]) -> list[int]:
+    """The documents with those of every step in the order of their corpus, at the places that they have among them.
 
     What is found together is read in the order of its numbers, and an answer may tell it in the order of the corpus.
+    Steps that share a document are ordered as one; others stay mixed, so that no number tells the next.
 
-    >>> _in_order([7, 1, 5, 9, 2], {7, 2, 5})
-    [2, 1, 5, 9, 7]
+    >>> _in_order([7, 1, 5, 9, 2, 4], [(2, 5, 7), (4, 9)])
+    [2, 1, 5, 4, 7, 9]
     """
-    ascending = iter(sorted(row for row in documents if row in together))
-    return [next(ascending) if row in together else row for row in documents]
+    group_of: dict[int, set[int]] = {}
+    for step in steps:
+        group = set(step).union(*(group_of.get(row, ()) for row in step))
+        group_of.update((row, group) for row in group)
+    found, place = list(documents), {row: number for number, row in enumerate(documents)}
+    for group in {id(group): group for group in group_of.values() if len(group) > 1}.values():
+        for number, row in zip(sorted(place[row] for row in group), sorted(group), strict=True):
+            found[number] = row
+    return found
 
 
 class _Filling:

@@ -114,13 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ("--seed_everything", str(given.seed), "--data.seed", str(given.seed))
     part(3, "training", False)
     train(run, [*fit, "--name", given.name, *seeds])
-    if part(4, "report", (run / "report.md").is_file()):
+    report = run / "report.md"
+    if part(4, "report", report.is_file() and "told to stop" not in report.read_text()):
+        report.unlink(missing_ok=True)
+        (run / "report.json").unlink(missing_ok=True)
         config = str(run / "config.yaml")
-        try:
-            run_command(msa_train("test", "--config", config, "--config", EVALUATION, "--ckpt_path", "last"))
-        except SystemExit:
-            (run / "report.md").unlink(missing_ok=True)  # one that was told to stop has written what it had
-            raise
+        run_command(msa_train("test", "--config", config, "--config", EVALUATION, "--ckpt_path", "last"))
     if part(5, "routers", routers.is_dir()):
         run_command(msa_train("export", str(run), "--out", str(routers), "--only", "routers"))
     print(f"{run / 'report.md'}\n{routers}")

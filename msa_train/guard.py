@@ -56,9 +56,7 @@ class Guard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listens and watches, in the place of Lightning, which leaves without saving; and forgets the skipped steps
         that are taken again."""
-        if trainer.world_size > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
-        self._listen()
+        self._listen(trainer)
         run = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             remove(run / STACKS)
@@ -70,9 +68,14 @@ class Guard(L.Callback):
         self._watch = HangWatch(run / STACKS, trainer.global_rank, trainer.world_size, 60 * self.hang_minutes)
         self._watch.start()
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listens: evaluations, which come now, ask whether they were told to stop."""
-        self._listen()
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens, as evaluations ask whether they were told to stop."""
+        self._listen(trainer)
+
+    def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Leaves where it was agreed on."""
+        if self._agreed():
+            self.leave(trainer, "told to stop: the test is broken off")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Watches no more."""
@@ -80,10 +83,13 @@ class Guard(L.Callback):
             self._watch.end()
             self._watch = None
         for one, handler in self._before.items():
-            signal.signal(one, handler)
+            if signal.getsignal(one) == self._heard:  # else Lightning has put back already what was there before it
+                signal.signal(one, handler)
         self._before = {}
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: L.Trainer) -> None:
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._heard) for one in SIGNALS}
 
@@ -102,7 +108,7 @@ class Guard(L.Callback):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = environment is not None and not environment.creates_processes_externally
         if trainer.is_global_zero:
-            print(f"msa-train: told to stop: {what}", file=sys.stderr, flush=True)
+            print(f"msa-train: {what}", file=sys.stderr, flush=True)
         # Lightning takes another code of a process that it launched for a crash, and kills this one
         raise SystemExit(0 if launched and not trainer.is_global_zero else REQUEUE)
 
@@ -150,7 +156,7 @@ class Guard(L.Callback):
             return
         self._save(trainer, validate_first)
         saved = is_whole(folder_of(Path(trainer.default_root_dir), trainer.global_step))
-        told = f"step {trainer.global_step} {'is' if saved else 'could not be'} saved"
+        told = f"told to stop: step {trainer.global_step} {'is' if saved else 'could not be'} saved"
         self.leave(trainer, f"{told}; exit code {REQUEUE} asks for another start with --ckpt_path last")
 
     def _save(self, trainer: L.Trainer, validate_first: bool = False) -> None:

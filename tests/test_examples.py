@@ -135,16 +135,12 @@ def test_a_report_that_was_cut_short_is_made_again(monkeypatch: pytest.MonkeyPat
     def command(words: list[str]) -> None:
         done.append(words[3] if len(words) > 3 else words[1])
         if done[-1] == "test":
-            (run / "report.md").write_text("what it had")
-            if done.count("test") == 1:
-                raise SystemExit(75)
+            assert not (run / "report.md").exists()
+            (run / "report.md").write_text("left out: told to stop" if done.count("test") == 1 else "all of it")
 
     monkeypatch.setattr(smollm2_memory, "ROOT", tmp_path)
     monkeypatch.setattr(smollm2_memory, "run_command", command)
     monkeypatch.setattr(smollm2_memory, "train", lambda run, fit: None)
-    with pytest.raises(SystemExit) as ended:
+    for _ in range(3):
         smollm2_memory.main(["--name", "mine"])
-    assert ended.value.code == 75 and "export" not in done
-    for _ in range(2):
-        smollm2_memory.main(["--name", "mine"])
-    assert done.count("test") == 2 and "export" in done
+    assert done.count("test") == 2

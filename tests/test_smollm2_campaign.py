@@ -538,7 +538,7 @@ def test_the_figure_has_the_seed_and_the_baselines(work: Path, capsys: pytest.Ca
     seed["report"] |= named
     result = {"variants": {"seed0": seed, "bm25": bm25, "dense": {"failed": "exit code 3"}}}
     drawn = {axes.get_title(): axes for axes in figure(result).axes}
-    assert [*drawn][:5] == [*METRICS]
+    assert [title for title in drawn if title] == ["niah_mean_of_2", "real", "answers"]
     lines = {line.get_label(): list(line.get_xdata()) for line in drawn["real"].lines}
     assert lines["router"] == [SHORT, 2**20] and lines["BM25"] == [SHORT, LONG]
     work.mkdir()

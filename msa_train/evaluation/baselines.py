@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from msa_train.evaluation.methods import Beyond, Method, Ranking, Reply
 from msa_train.evaluation.prompts import flat_prompt
@@ -21,8 +21,6 @@ from msa_train.evaluation.task import Asked, Memory, Task
 from msa_train.protocol import Protocol, restore
 
 ENDLESS = 1 << 62  # positions
-LONGEST = 65_536  # tokens of a prompt; as many cells as it attends over are there for a batch's padding mask
-CACHE_BYTES = LONGEST * 36 * 8 * 128 * 2 * 2  # keys and values of as many tokens in Qwen3-4B, bfloat16
 INSTRUCTION = (  # where a task has no words of its own: RULER's for question answering
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
@@ -35,8 +33,7 @@ class Backbone:
         model: The decoder, in evaluation mode.
         protocol: Writes prompts; its tokenizer is the model's.
         max_new_tokens: Tokens of an answer, at most.
-        batch_tokens: Tokens of a batch of prompts, at most; a longer prompt is a batch of its own. By default as many
-            as need no more memory than 65,536 of a model of 4B: a small model answers many short prompts at a time.
+        batch_tokens: Tokens of a batch of prompts, at most; a longer prompt is a batch of its own.
         beyond: Whether prompts may go past the positions that the model knows, as rotary ones go on for ever.
     """
 
@@ -45,11 +42,10 @@ class Backbone:
         model: PreTrainedModel,
         protocol: Protocol,
         max_new_tokens: int,
-        batch_tokens: int | None = None,
+        batch_tokens: int = 65_536,
         beyond: bool = False,
     ) -> None:
-        self.model, self.protocol = model, protocol
-        self.batch_tokens = batch_tokens or max(CACHE_BYTES // cached_bytes(model.config), LONGEST)
+        self.model, self.protocol, self.batch_tokens = model, protocol, batch_tokens
         self.positions = ENDLESS if beyond else getattr(model.config, "max_position_embeddings", ENDLESS)
         tokenizer = protocol.tokenizer
         ends = {protocol.end, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
@@ -78,15 +74,11 @@ class Backbone:
         answers: list[str] = []
         batch: list[Sequence[int]] = []
         for prompt in prompts:
-            if batch and not self._together(len(batch) + 1, max(len(prompt), *map(len, batch))):
+            if batch and max(len(prompt), *map(len, batch)) * (len(batch) + 1) > self.batch_tokens:
                 answers += self._batch(batch)
                 batch = []
             batch.append(prompt)
         return answers + (self._batch(batch) if batch else [])
-
-    def _together(self, prompts: int, longest: int) -> bool:
-        """Whether so many are one batch: by their keys and values, and by the cells of their padding mask."""
-        return prompts * longest <= self.batch_tokens and prompts * longest**2 <= LONGEST**2
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -102,12 +94,6 @@ class Backbone:
             raise Beyond(f"a prompt of {width:,} tokens does not fit on the card ({size:.0f} GiB)") from error
         words: list[Any] = self.protocol.tokenizer.batch_decode(whole_QT[:, width:], skip_special_tokens=True)
         return [restore(answer).strip() for answer in words]
-
-
-def cached_bytes(config: PretrainedConfig) -> int:
-    """Bytes of a token's keys and values in all layers of a decoder, in bfloat16."""
-    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * config.num_key_value_heads * wide * 2 * 2
 
 
 class FullAttention(Method):

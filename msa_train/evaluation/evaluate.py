@@ -111,7 +111,7 @@ class Evaluator:
         ranks: Who takes part.
         tell: Told of every cell as it is done, on the first rank.
         clock: Seconds from anywhere.
-        stop: Whether to end with what there is; the first rank's word counts.
+        stop: Whether to end with what there is; any rank's word counts.
 
     Raises:
         UserError: The tasks of a group have different headline scores.
@@ -145,6 +145,8 @@ class Evaluator:
         records: list[Record] = []
         end = self.clock() + self.budget_s
         for place, make in enumerate(methods.values()):
+            if self._told_to_stop():
+                break  # making one may take as long as there is left
             now, others = self.clock(), len(methods) - place - 1
             share = 2 if place == 0 and others else others + 1
             method = self.ranks.together(make)
@@ -181,8 +183,8 @@ class Evaluator:
                     yield row, []
 
     def _told_to_stop(self) -> bool:
-        """Whether the first rank was. All ranks ask at the same places."""
-        self.stopped = self.stopped or self.ranks.told(self.stop())
+        """Whether some rank was. All ranks ask at the same places."""
+        self.stopped = self.stopped or self.ranks.anyone(self.stop())
         return self.stopped
 
     def _foreseen(self, method: Method, task: Task, length: int, deadline: float, pace: Pace) -> str:

@@ -54,6 +54,14 @@ class Ranks:
         dist.broadcast_object_list(message, 0, self.group)
         return message[0]
 
+    def anyone(self, value: bool) -> bool:
+        """Whether it is so on any rank. Collective."""
+        if self.world == 1:
+            return value
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, self.group)
+        return any(values)
+
     def together(self, act: Callable[[], Result]) -> Result:
         """What `act` gives on this rank; what fails on one of them is raised on all.
 
