@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 class ContinuedCSVLogger(CSVLogger):
     """A CSVLogger whose file goes on from the resumed step: earlier rows stay, rows from that step on are replaced.
-    Where the first thing is the validation of a step, what that step itself logged stays.
 
     Args:
         run_folder: Folder of metrics.csv.
@@ -41,10 +40,9 @@ class ContinuedCSVLogger(CSVLogger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Writes a row; the first one takes the place of the rows that an interrupted run wrote beyond it."""
         writer = self.experiment
-        kept = self._earlier if step is None else [row for row in self._earlier if not _replaced(row, metrics, step)]
-        if len(kept) < len(self._earlier):
+        if step is not None and any(row["step"] >= step for row in self._earlier):
             Path(writer.metrics_file_path).unlink()
-            writer.metrics = kept
+            writer.metrics = [row for row in self._earlier if row["step"] < step]
         self._earlier = []
         super().log_metrics(metrics, step)
 
@@ -55,8 +53,3 @@ class ContinuedCSVLogger(CSVLogger):
         with file.open(newline="") as handle:
             rows = [row for row in csv.DictReader(handle) if (row.get("step") or "").isdigit()]
         return [{**{k: v for k, v in row.items() if v}, "step": int(row["step"])} for row in rows]
-
-
-def _replaced(row: dict[str, Any], metrics: dict[str, Any], step: int) -> bool:
-    """Whether a row of an earlier start goes, now that one of this step comes."""
-    return row["step"] > step or (row["step"] == step and bool((row.keys() - {"step", "epoch"}) & metrics.keys()))

@@ -590,9 +590,8 @@ def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
     """Has Lightning's loop stand where it stood, in the middle of its one endless epoch, counted in this run's batches:
     another number of ranks takes as many packs a step, in another number of batches.
 
-    Lightning tells from these counts what was going on when it was saved. A step that is not completed, with a
-    validation that has begun, is completed by that validation, made from its beginning; after one that is, the next
-    begins.
+    Lightning tells from these counts what was going on when it was saved: a step that is not completed is completed,
+    and validated if it is time; after one that is, the next begins.
     """
     step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
     open_step = int(checkpoint["msa_train"]["validate_first"])
@@ -603,12 +602,7 @@ def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
         done = step * accumulated
         counts.update(ready=done, started=done, processed=done, completed=done - open_step)
     batches["is_last_batch"] = False
-    if open_step:
-        validation = loop["epoch_loop.val_loop.batch_progress"]
-        for counts in (validation["total"], validation["current"]):
-            counts.update(ready=1, started=1, processed=0, completed=0)
-    # Lightning adds one when it finds the step not completed, and another when that is validated
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 2 * open_step
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - open_step
 
 
 def _as_it_is(data: Any) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
@@ -18,7 +17,6 @@ from msa_train.folders import WEIGHTS, checkpoints_of, step_of
 from msa_train.saving import Checkpoints, best_steps, read_scores
 from tests.conftest import newest
 from tests.test_folders import flip
-from tests.test_training import losses
 
 Arguments = Callable[..., list[str]]
 
@@ -81,36 +79,6 @@ def test_a_damaged_newest_is_told_and_the_run_ends_as_it_would_have(
     assert all(torch.equal(whole["state_dict"][name], again["state_dict"][name]) for name in whole["state_dict"])
     assert all(torch.equal(whole["moments"][name], again["moments"][name]) for name in whole["moments"])
     assert (copy / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
-
-
-class Die(L.Callback):
-    """Dies in the validation behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Dies."""
-        if trainer.global_step == self.step:
-            raise RuntimeError("power cut")
-
-
-def test_a_validation_in_which_a_run_died_is_made_by_who_goes_on(tiny_run: Arguments, tmp_path: Path) -> None:
-    flags = {
-        "checkpoint.every_n_train_steps": 2, "trainer.val_check_interval": 4, "trainer.limit_val_batches": 2,
-        "trainer.accumulate_grad_batches": 1,
-    }  # fmt: skip
-    cli.build(["fit", *tiny_run(tmp_path, steps=10, name="whole", **flags)])
-    dies = {"trainer.callbacks": json.dumps([{"class_path": "tests.test_saving.Die", "init_args": {"step": 4}}])}
-    with pytest.raises(RuntimeError, match="power cut"):
-        cli.build(["fit", *tiny_run(tmp_path, steps=10, name="parts", **flags, **dies)])
-    cli.build(["fit", *tiny_run(tmp_path, steps=10, name="parts", **flags), "--ckpt_path=last"])
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert list(losses(whole, "routing/recall@1/test")) == [3, 7]
-    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    assert newest(parts)["global_step"] == 10
-    for kind in ("state_dict", "moments"):
-        assert all(torch.equal(newest(whole)[kind][name], one) for name, one in newest(parts)[kind].items())
 
 
 def command(*words: Any) -> None:
