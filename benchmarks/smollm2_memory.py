@@ -196,13 +196,8 @@ class Campaign:
 
     def _given(self, name: str, configs: Sequence[Path]) -> list[str]:
         """Words that every command has."""
-        return [
-            *(word for file in configs for word in ("--config", str(file))),
-            "--name",
-            name,
-            "--runs",
-            str(self.runs),
-        ]
+        files = [word for file in configs for word in ("--config", str(file))]
+        return [*files, "--name", name, "--runs", str(self.runs)]
 
     # --- doing it -----------------------------------------------------------------------------------------------
 

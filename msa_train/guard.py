@@ -31,7 +31,7 @@ class Guard(L.Callback):
     """Looks after a run.
 
     On SIGTERM or SIGUSR1 the step is finished and saved, and the exit code is 75. An evaluation that is told to stop
-    writes down what it has, and its exit code is the same.
+    writes down what it has; in a test the exit code is the same, behind the last step the run ends as it would have.
 
     Args:
         hang_minutes: A step that takes longer ends the job, with the stacks of all ranks in the run's folder.
