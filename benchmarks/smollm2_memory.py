@@ -1,8 +1,8 @@
 """configs/smollm2_135m/memory.yaml in many variants: three seeds, and what becomes of it without each of its parts.
 
     python benchmarks/smollm2_memory.py WORK [--only headline seeds baselines ablations NAME ...]
-        [--config MORE.yaml ...] [--evaluation FILE.yaml] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0] [--minutes M]
-        [--resume]
+        [--config MORE.yaml ...] [--evaluation FILE.yaml ...] [--gpus 0 1] [--per-gpu 1] [--steps-factor 1.0]
+        [--minutes M] [--resume]
     python benchmarks/smollm2_memory.py WORK --table | --figure FILE.png
 
 Reads the corpora that parts 1 and 2 of examples/smollm2_memory.py make. Every variant (benchmarks/smollm2_variants.py)
@@ -11,9 +11,14 @@ what they print in WORK/NAME.log, how they ended in WORK/NAME.json. The first, s
 and lends its weights to the variants that are evaluated alone; baselines are asked without any. After each part
 WORK/smollm2_memory.json is gathered anew (benchmarks/smollm2_results.py), of whatever is there.
 
+A training has its GPU to itself, and trainings come first. Evaluations leave a GPU idle while they ask one question
+after another, so --per-gpu of them may share one, and where --evaluation gives several files, each is a part of its
+own: runs lie in WORK/runs/NAME, NAME-2 and so on, and their rows are gathered as one report.
+
 --minutes ends every training by the clock: its learning rate has not come to its end then, and seed0 is killed only if
 half of its steps fit. --resume leaves out what has its report, and goes on with what has a checkpoint; without it the
-chosen variants are done anew, and others stay. Ctrl-C lets trainings save their step first.
+chosen variants are done anew, and others stay. Ctrl-C, or `timeout -s INT 25m` before the command, lets trainings save
+their step first, and evaluations report what they have.
 """
 
 from __future__ import annotations
@@ -40,7 +45,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder's names
 
-from benchmarks.smollm2_results import RESULT, dumped, figure, gathered, read_record, tables  # noqa: E402
+from benchmarks.smollm2_results import (  # noqa: E402
+    RESULT,
+    dumped,
+    figure,
+    gathered,
+    read_record,
+    run_of,
+    runs_of,
+    tables,
+)
 from benchmarks.smollm2_variants import GROUPS, SEEDS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
 from examples.smollm2_memory import EVALUATION, RECIPE, half_way, saved_step  # noqa: E402
 from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
@@ -58,45 +72,61 @@ TOLD = 15  # lines of a log
 
 @dataclass(frozen=True)
 class Part:
-    """The training or the evaluation of a variant.
+    """The training of a variant, or one of its evaluations.
 
     Args:
         name: The variant.
         kind: Which of both.
         weights: Whose weights.
+        number: Of the evaluation, from 1.
     """
 
     name: str
     kind: str
     weights: str
+    number: int = 1
+
+    @property
+    def run(self) -> str:
+        """The folder of its run: a training's is that of the first evaluation."""
+        return run_of(self.name, self.number)
 
 
 class Queue:
-    """Parts in their order: the next is the first one whose weights are there.
+    """Parts in their order, trainings first; the invariants: a training shares its GPU with nothing, and weights are
+    there before they are evaluated.
 
     Args:
         parts: All that is to be done.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.waiting = list(parts)
+        self.waiting = sorted(parts, key=lambda part: part.kind != TRAINING)
         self.untrained = {part.name for part in parts if part.kind == TRAINING}
+        self.running: dict[str, list[Part]] = {}
         self.turn = threading.Condition()
 
-    def take(self) -> Part | None:
-        """The next part; None when there is no more. Waits for a training, where nothing else is left."""
+    def take(self, gpu: str) -> Part | None:
+        """The next part for a GPU; None when there is no more. Waits while what is left may not begin there."""
         with self.turn:
             while self.waiting:
                 for part in self.waiting:
-                    if part.kind == TRAINING or part.weights not in self.untrained:
+                    if self._may_begin(part, beside := self.running.setdefault(gpu, [])):
                         self.waiting.remove(part)
+                        beside.append(part)
                         return part
                 self.turn.wait()
             return None
 
-    def done(self, part: Part, well: bool) -> list[Part]:
-        """A part has ended: the others that fall with it."""
+    def _may_begin(self, part: Part, beside: Sequence[Part]) -> bool:
+        if part.kind == TRAINING:
+            return not beside
+        return part.weights not in self.untrained and all(one.kind != TRAINING for one in beside)
+
+    def done(self, part: Part, gpu: str, well: bool) -> list[Part]:
+        """A part has ended on a GPU: the others that fall with it."""
         with self.turn:
+            self.running[gpu].remove(part)
             fallen = [] if well else [one for one in self.waiting if part.kind == TRAINING and one.weights == part.name]
             self.waiting = [one for one in self.waiting if one not in fallen]
             self.untrained -= {part.name}
@@ -121,7 +151,7 @@ class Campaign:
     def __init__(self, work: Path, given: argparse.Namespace) -> None:
         self.work, self.runs, self.given = work, work / "runs", given
         self.configs = [ROOT / RECIPE, *(Path(file).resolve() for file in given.config)]
-        self.evaluation = Path(given.evaluation).resolve() if given.evaluation else ROOT / EVALUATION
+        self.evaluations = [Path(file).resolve() for file in given.evaluation] or [ROOT / EVALUATION]
         self.lock = threading.Lock()
         self.running: set[subprocess.Popen[bytes]] = set()
         self.training: set[str] = set()  # their folders change, and may not be read
@@ -142,30 +172,36 @@ class Campaign:
                 raise SystemExit(f"{name} is evaluated over {over}, which is not trained in {self.work}: choose it too")
         parts = []
         for name in names:
-            variant, run = VARIANTS[name], self.runs / name
+            variant = VARIANTS[name]
             if not self.given.resume:
                 for old in (self.work / f"{name}.json", self.work / f"{name}.log"):
                     old.unlink(missing_ok=True)
-                if run.exists():
+                for run in runs_of(self.runs / name):
                     shutil.rmtree(run)
-            elif (run / REPORT).is_file() and self._ended_well(name, EVALUATING):
+            asked = [n for n in range(1, len(self.evaluations) + 1) if not self._reported(name, n)]
+            if not asked:
                 print(f"{name}: its report is there", flush=True)
                 continue
             self._configure(name)
             if variant.trained and not self._ended_well(name, TRAINING):
                 parts.append(Part(name, TRAINING, name))
-            parts.append(Part(name, EVALUATING, variant.over or name))
+            parts += [Part(name, EVALUATING, variant.over or name, number) for number in asked]
         return parts
 
-    def _ended_well(self, name: str, kind: str) -> bool:
-        calls = read_record(self.work, name).get(kind, [])
+    def _reported(self, name: str, number: int) -> bool:
+        report = self.runs / run_of(name, number) / REPORT
+        return report.is_file() and self._ended_well(name, EVALUATING, number)
+
+    def _ended_well(self, name: str, kind: str, number: int = 1) -> bool:
+        calls = [call for call in read_record(self.work, name).get(kind, []) if call["number"] == number]
         return bool(calls) and calls[-1]["code"] == 0
 
     def _configure(self, name: str) -> None:
         """Writes a variant's configs, and down what it is."""
         variant, record = VARIANTS[name], read_record(self.work, name)
-        asked = evaluation(self.evaluation, variant)
-        (self.work / f"{name}.evaluation.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+        for number, file in enumerate(self.evaluations, 1):
+            asked = yaml.safe_dump(evaluation(file, variant), sort_keys=False)
+            (self.work / f"{run_of(name, number)}.evaluation.yaml").write_text(asked)
         record |= {"over": variant.over, "ask": dict(variant.ask), "failed": None}
         if variant.alike:
             record["layers"] = "alike"
@@ -186,29 +222,29 @@ class Campaign:
             "--trainer.enable_progress_bar", "false", *variant.fit,
         ]  # fmt: skip
 
-    def test_words(self, name: str) -> list[str]:
-        """The words of a variant's evaluation."""
-        variant, asked = VARIANTS[name], self.work / f"{name}.evaluation.yaml"
-        if variant.baseline:
-            return ["test", *self._given(name, [*self.configs, asked])]
-        run = self.runs / (variant.over or name)
-        return ["test", *self._given(name, [run / "config.yaml", asked]), "--ckpt_path", str(run / LINK)]
+    def test_words(self, part: Part) -> list[str]:
+        """The words of an evaluation."""
+        asked = self.work / f"{part.run}.evaluation.yaml"
+        if VARIANTS[part.name].baseline:
+            return ["test", *self._given(part.run, [*self.configs, asked])]
+        run = self.runs / part.weights
+        return ["test", *self._given(part.run, [run / "config.yaml", asked]), "--ckpt_path", str(run / LINK)]
 
-    def _given(self, name: str, configs: Sequence[Path]) -> list[str]:
+    def _given(self, run: str, configs: Sequence[Path]) -> list[str]:
         """Words that every command has."""
         files = [word for file in configs for word in ("--config", str(file))]
-        return [*files, "--name", name, "--runs", str(self.runs)]
+        return [*files, "--name", run, "--runs", str(self.runs)]
 
     # --- doing it -----------------------------------------------------------------------------------------------
 
     def work_off(self, parts: Sequence[Part]) -> None:
-        """Does all parts, on every GPU as many at a time as it may have."""
+        """Does all parts, on every GPU one training or as many evaluations at a time as it may have."""
         queue = Queue(parts)
 
         def serve(gpu: str) -> None:
-            while (part := queue.take()) is not None:
+            while (part := queue.take(gpu)) is not None:
                 well = self._do(part, gpu)
-                for fallen in queue.done(part, well):
+                for fallen in queue.done(part, gpu, well):
                     self._fail(fallen, f"{part.name} was not trained")
 
         slots = [gpu for _ in range(self.given.per_gpu) for gpu in self.given.gpus]
@@ -223,17 +259,18 @@ class Campaign:
 
     def _do(self, part: Part, gpu: str) -> bool:
         started = time.monotonic()
-        code = self._train(part.name, gpu) if part.kind == TRAINING else self._evaluate(part.name, gpu)
-        well = code == 0 and (part.kind == TRAINING or (self.runs / part.name / REPORT).is_file())
+        code = self._train(part, gpu) if part.kind == TRAINING else self._evaluate(part, gpu)
+        well = code == 0 and (part.kind == TRAINING or (self.runs / part.run / REPORT).is_file())
         if not well and not self.stopped:
             lines = (self.work / f"{part.name}.log").read_text(errors="replace").replace("\r", "\n").splitlines()
             self._fail(part, f"exit code {code}", [line for line in lines if line.strip()][-TOLD:])
         end = "" if well else ", broken off" if self.stopped else ", failed"
-        self._tell(f"{part.name:<18} {part.kind:<10} GPU {gpu} {time.monotonic() - started:9,.0f} s{end}")
+        self._tell(f"{part.run:<18} {part.kind:<10} GPU {gpu} {time.monotonic() - started:9,.0f} s{end}")
         self.gather()
         return well
 
-    def _train(self, name: str, gpu: str) -> int:
+    def _train(self, part: Part, gpu: str) -> int:
+        name = part.name
         variant, run, words = VARIANTS[name], self.runs / name, self.fit_words(name)
         began = saved_step(run)
         if not began and run.exists():
@@ -242,35 +279,34 @@ class Campaign:
         resume, kill = ["--ckpt_path", "last"], partial(half_way, run, began) if variant.killed else None
         with self.lock:
             self.training.add(name)
-        code = self._call(name, TRAINING, [*words, *(resume if began else [])], gpu, kill)
+        code = self._call(part, [*words, *(resume if began else [])], gpu, kill)
         if code == -signal.SIGKILL and kill is not None and kill():
-            code = self._call(name, TRAINING, [*words, *resume], gpu)
+            code = self._call(part, [*words, *resume], gpu)
         with self.lock:
             self.training.discard(name)
         return code
 
-    def _evaluate(self, name: str, gpu: str) -> int:
-        variant, run = VARIANTS[name], self.runs / name
-        if variant.over is not None:
-            run.mkdir(parents=True, exist_ok=True)
-            recall = self.runs / variant.over / RECALL
-            if recall.is_file() and not variant.alike:  # where documents are ranked, layers weigh by it
-                shutil.copy(recall, run / RECALL)
-        return self._call(name, EVALUATING, self.test_words(name), gpu)
+    def _evaluate(self, part: Part, gpu: str) -> int:
+        run, recall = self.runs / part.run, self.runs / part.weights / RECALL
+        run.mkdir(parents=True, exist_ok=True)
+        alike = VARIANTS[part.name].alike
+        if (
+            part.run != part.weights and recall.is_file() and not alike
+        ):  # where documents are ranked, layers weigh by it
+            shutil.copy(recall, run / RECALL)
+        return self._call(part, self.test_words(part), gpu)
 
-    def _call(
-        self, name: str, kind: str, words: Sequence[str], gpu: str, kill: Callable[[], bool] | None = None
-    ) -> int:
+    def _call(self, part: Part, words: Sequence[str], gpu: str, kill: Callable[[], bool] | None = None) -> int:
         """Runs `msa-train` on a GPU; its exit code.
 
         Args:
-            name: The variant, whose log and record it goes to.
-            kind: Of the part.
+            part: To whose log and record it goes.
             words: Of the command.
             gpu: The one that it sees.
             kill: Whether it is time to kill it.
         """
         started = time.monotonic()
+        name, kind = part.name, part.kind
         with (self.work / f"{name}.log").open("ab") as log:
             with self.lock:
                 if self.stopped:
@@ -287,7 +323,8 @@ class Campaign:
                     if kill is not None and kill():
                         os.killpg(process.pid, signal.SIGKILL)
         seconds = round(time.monotonic() - started, 1)
-        call = {"code": process.returncode, "seconds": seconds, "gpu": gpu, "per_gpu": self.given.per_gpu}
+        shared = 1 if kind == TRAINING else self.given.per_gpu
+        call = {"number": part.number, "code": process.returncode, "seconds": seconds, "gpu": gpu, "per_gpu": shared}
         with self.lock:
             self.running.discard(process)
             record = read_record(self.work, name)
@@ -330,9 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=[*GROUPS, *VARIANTS], default=[], metavar="NAME",
                         help=f"Variants, or {', '.join(GROUPS)}; all by default.")  # fmt: skip
     parser.add_argument("--config", nargs="+", default=[], help="Further configs of every training.")
-    parser.add_argument("--evaluation", help=f"In the place of {EVALUATION}.")
+    parser.add_argument("--evaluation", nargs="+", default=[], help=f"Files in the place of {EVALUATION}.")
     parser.add_argument("--gpus", nargs="+", default=["0"], help="Each by its number.")
-    parser.add_argument("--per-gpu", type=int, default=1, help="Parts that share a GPU at a time.")
+    parser.add_argument("--per-gpu", type=int, default=1, help="Evaluations that share a GPU at a time.")
     parser.add_argument("--steps-factor", type=float, default=1.0, help="Of the steps of every phase.")
     parser.add_argument("--minutes", type=float, help="Of every training, at most.")
     parser.add_argument("--resume", action="store_true", help="Go on with what is there.")

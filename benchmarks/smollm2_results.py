@@ -3,10 +3,11 @@
     {"recipe", "variants": {NAME: {"over", "ask", "fit", "overlay", "training", "evaluation", "failed", and of its run
      "steps", "steps_s", "speed", "losses", "held_out", "environment", "report"}}}
 
-`training` and `evaluation` are the processes, each with its exit code, wall time and GPU; `steps_s` is the time of the
-steps alone, without validations and checkpoints. `speed` is apart for every length of packs, median and largest of what
-was logged. `held_out` is recall by layer: before training (recall@1 alone, which callbacks.RouterMonitor keeps), at the
-first and at the last validation. `report` is the last evaluation of report.json, without depths.
+`training` and `evaluation` are the processes, each with its exit code, wall time and GPU, and the number of the
+evaluation; `steps_s` is the time of the steps alone, without validations and checkpoints. `speed` is apart for every
+length of packs, median and largest of what was logged. `held_out` is recall by layer: before training (recall@1 alone,
+which callbacks.RouterMonitor keeps), at the first and at the last validation. `report` is the last evaluation of
+report.json, without depths; where a variant was evaluated in several processes, it has the rows of all of them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,18 @@ def read_record(work: Path, name: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def run_of(name: str, number: int = 1) -> str:
+    """The run of a variant's evaluation; the first is its training's too."""
+    return name if number == 1 else f"{name}-{number}"
+
+
+def runs_of(first: Path) -> list[Path]:
+    """The folders of a variant's runs that are there, in their order."""
+    others = [path for path in first.parent.glob(f"{first.name}-*") if path.name.rpartition("-")[2].isdecimal()]
+    others.sort(key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in (first, *others) if path.exists()]
+
+
 def gathered(work: Path, names: Iterable[str]) -> dict[str, Any]:
     """All that is there of these variants."""
     found = {}
@@ -89,12 +102,24 @@ def of_run(run: Path) -> dict[str, Any]:
     if (run / ENVIRONMENT).is_file():
         starts = [json.loads(line) for line in (run / ENVIRONMENT).read_text().splitlines()]
         found["environment"] = {**starts[-1], "starts": [[one["started"], one["step"]] for one in starts]}
-    if (run / REPORT).is_file():
-        report = json.loads((run / REPORT).read_text())
-        last = report["evaluations"][-1]
-        rows = [{name: value for name, value in row.items() if name != "depths"} for row in last["rows"]]
-        found["report"] = {"trained": report["trained"], "k": report["k"], **last, "rows": rows}
+    reports = [json.loads((one / REPORT).read_text()) for one in runs_of(run) if (one / REPORT).is_file()]
+    if reports:
+        found["report"] = joined(reports)
     return found
+
+
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last evaluations of reports on the same weights as one; what they do not share is the first's."""
+    asked = [report["evaluations"][-1] for report in reports]
+    first = {"trained": reports[0]["trained"], "k": reports[0]["k"], **asked[0]}
+    for one in asked[1:]:
+        first["seconds"] += one["seconds"]
+        first["metrics"] = {**first["metrics"], **one["metrics"]}
+        tasks = {**first["settings"]["tasks"], **one["settings"]["tasks"]}
+        first["settings"] = {**first["settings"], "tasks": tasks}
+    rows = [row for one in asked for row in one["rows"]]
+    first["rows"] = [{name: value for name, value in row.items() if name != "depths"} for row in rows]
+    return first
 
 
 def of_training(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def note(what):
                 "ckpt_path": of("--ckpt_path"), "saved": max(saved, default=0)}
         file.write(json.dumps(told) + "\\n")
 note("begins")
-hold, until = int(os.environ.get("HOLD", "1")), time.monotonic() + 20
-while (work / "calls.jsonl").read_text().count("begins") < hold and time.monotonic() < until:
+hold, until = json.loads(os.environ.get("HOLD", "{}")).get(kind, 1), time.monotonic() + 20
+while (work / "calls.jsonl").read_text().count(f'"{kind}", "what": "begins"') < hold and time.monotonic() < until:
     time.sleep(0.01)
 broken = json.loads(os.environ.get("BROKEN", "{}"))
 if broken.get(name) == kind:
@@ -62,7 +62,10 @@ else:
     assert pathlib.Path(of("--config")[0]).is_file()
     asked = yaml.safe_load(pathlib.Path(of("--config")[-1]).read_text())["trainer"]["callbacks"][0]["init_args"]
     row = {"method": "router", "task": "real", "length": 8192, "scores": {}, "depths": [[1.0, 2]]}
-    last = {"step": 80, "rows": [row], "metrics": {"real": "recall@1"}, "ask": asked["ask"],
+    task = asked["tasks"][0]["init_args"]
+    row["task"] = task.get("task", task.get("name"))
+    last = {"step": 80, "rows": [row], "metrics": {row["task"]: "recall@1"}, "ask": asked["ask"], "seconds": 1.5,
+            "settings": {"tasks": {row["task"]: {}}},
             "asked": [*(["router"] if asked["router"] else []), *asked["baselines"]],
             "weighed": (run / "routing.json").is_file()}
     report = {"format": 1, "trained": 8192, "k": 16, "evaluations": [last]}
@@ -90,9 +93,7 @@ def campaign(work: Path, *words: str) -> tuple[list[dict[str, Any]], dict[str, A
 
 
 def arguments() -> Namespace:
-    return Namespace(
-        config=[], evaluation=None, gpus=["0", "1"], per_gpu=1, steps_factor=1.0, minutes=None, resume=False
-    )
+    return Namespace(config=[], evaluation=[], gpus=["0", "1"], per_gpu=1, steps_factor=1.0, minutes=None, resume=False)
 
 
 def calls(work: Path) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ def told(made: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def test_a_gpu_has_one_part_at_a_time_and_weights_are_there_before_they_are_evaluated(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HOLD", "2")  # the first waits for the second, so that neither GPU is idle
+    monkeypatch.setenv("HOLD", '{"fit": 2}')  # the first waits for the second, so that neither GPU is idle
     names = ("seed0", "coupled", "focal", "generative", "equal_layers")
     made, found = campaign(work, "--only", *names, "--gpus", "4", "7")
     trained = {"seed0", "focal", "coupled"}
@@ -164,15 +165,50 @@ def test_baselines_are_asked_alone_and_without_weights(work: Path) -> None:
     assert campaign(work, "--only", "baselines", "--resume")[0] == []
 
 
-def test_as_many_parts_share_a_gpu_as_are_asked_for(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOLD", "3")
-    names = ("seed1", "seed2", "focal", "coupled", "full")
-    made, _ = campaign(work, "--only", *names, "--gpus", "0", "--per-gpu", "3")
-    at_a_time, most = 0, 0
+def test_as_many_evaluations_share_a_gpu_as_are_asked_for_and_a_training_has_it_alone(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLD", '{"test": 3}')  # none ends before the third begins
+    made, found = campaign(work, "--only", "seed1", "seed2", "baselines", "--gpus", "0", "--per-gpu", "3")
+    assert [call["kind"] for call in made[:4]] == ["fit"] * 4, "trainings come first, each to its end"
+    running, most = 0, 0
     for call in made:
-        at_a_time += 1 if call["what"] == "begins" else -1
-        most = max(most, at_a_time)
-    assert most == 3 and at_a_time == 0
+        running += 1 if call["what"] == "begins" else -1
+        most = max(most, running)
+        assert call["kind"] == "test" or running <= 1
+    assert most == 3 and running == 0
+    shared = {call["per_gpu"] for one in found.values() for call in one["evaluation"]}
+    assert shared == {3} and {call["per_gpu"] for call in found["seed1"]["training"]} == {1}
+
+
+def test_an_evaluation_of_several_files_is_as_many_parts_and_one_report(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = yaml.safe_load((ROOT / EVALUATION).read_text())
+    asked = whole["trainer"]["callbacks"][0]["init_args"]
+    files = []
+    for number, task in enumerate((asked["tasks"][0], asked["tasks"][-1], asked["tasks"][1]), 1):
+        asked["tasks"] = [task]
+        files.append(str(tmp_path / f"{number}.yaml"))
+        Path(files[-1]).write_text(yaml.safe_dump(whole))
+    names = ("focal", "bm25")
+    monkeypatch.setenv("BROKEN", json.dumps({"focal-2": "test"}))
+    with pytest.raises(SystemExit):
+        campaign(work, "--only", *names, "--evaluation", *files, "--per-gpu", "2")
+    monkeypatch.delenv("BROKEN")
+    made, found = campaign(work, "--only", *names, "--evaluation", *files, "--resume")
+    assert told(made) == [("focal-2", "test")], "the others are there"
+    assert made[0]["ckpt_path"] == [str(work / "runs" / "focal" / "last.ckpt")]
+    for name, weighed in (("focal", True), ("bm25", False)):
+        report = found[name]["report"]
+        assert [row["task"] for row in report["rows"]] == ["niah_single_1", "answers", "niah_single_2"]
+        assert report["metrics"].keys() == report["settings"]["tasks"].keys() == {row["task"] for row in report["rows"]}
+        assert report["seconds"] == 4.5 and all("depths" not in row for row in report["rows"])
+        told_weighed = [json.loads(path.read_text()) for path in sorted(work.glob(f"runs/{name}*/report.json"))]
+        assert [one["evaluations"][0]["weighed"] for one in told_weighed] == [weighed] * 3, "layers, by their recall"
+    assert [call["number"] for call in found["focal"]["evaluation"][-1:]] == [2] and found["focal"]["failed"] is None
+    made, _ = campaign(work, "--only", "bm25", "--evaluation", files[0])
+    assert told(made) == [("bm25", "test")] and not (work / "runs" / "bm25-2").exists(), "anew"
 
 
 def test_a_variant_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_on(
@@ -186,7 +222,7 @@ def test_a_variant_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_
     assert "focal: evaluation failed: exit code 3\n    one line\n    the reason\n" in out
     assert "documents_16: evaluation failed: seed0 was not trained\n" in out
     assert told(calls(work)) == [
-        ("seed0", "fit"), ("coupled", "fit"), ("coupled", "test"), ("focal", "fit"), ("focal", "test"),
+        ("seed0", "fit"), ("coupled", "fit"), ("focal", "fit"), ("coupled", "test"), ("focal", "test"),
     ]  # fmt: skip
     found = json.loads((work / smollm2_memory.RESULT).read_text())["variants"]
     assert found["focal"]["failed"] == "exit code 3\none line\nthe reason" and "report" not in found["focal"]
@@ -209,7 +245,7 @@ def test_resuming_does_what_is_not_done_and_nothing_twice(work: Path, monkeypatc
     assert all(one["failed"] is None for one in found.values())
     assert campaign(work, "--only", *names, "--resume")[0] == []
     record = work / "focal.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "evaluation": [{"code": 75}]}))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "evaluation": [{"number": 1, "code": 75}]}))
     assert told(campaign(work, "--only", *names, "--resume")[0]) == [("focal", "test")], "it was told to stop"
     made, _ = campaign(work, "--only", "focal")
     assert told(made) == [("focal", "fit"), ("focal", "test")] and made[0]["ckpt_path"] == [], "anew"
