@@ -114,6 +114,7 @@ def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = {"trained": reports[0]["trained"], "k": reports[0]["k"], **asked[0]}
     for one in asked[1:]:
         first["seconds"] += one["seconds"]
+        first["cut"] |= one["cut"]
         first["metrics"] = {**first["metrics"], **one["metrics"]}
         tasks = {**first["settings"]["tasks"], **one["settings"]["tasks"]}
         first["settings"] = {**first["settings"], "tasks": tasks}
@@ -220,7 +221,9 @@ def tables(result: dict[str, Any], seeds: Sequence[str] = SEEDS, baselines: Sequ
         for title, tasks in (("Headline", others), ("Needle tasks", needles)):
             parts += [f"## {title}: {spread}\n", _by_length(alike, beside, tasks), ""] if tasks else []
     lines = [(name, told.get(name), variants[name]) for name in variants if name not in (*seeds[1:], *baselines)]
-    return "\n".join([*parts, "## Ablations\n", _ablations(lines)])
+    cut = [name for name, report in told.items() if report.get("cut")]
+    note = ["", f"Cut short, so that what is longest is missing: {', '.join(cut)}."] if cut else []
+    return "\n".join([*parts, "## Ablations\n", _ablations(lines), *note])
 
 
 def headline(report: Row) -> list[str]:

@@ -220,9 +220,10 @@ class ExtrapolationEvaluation(L.Callback):
             if module.device.type == "cuda":
                 torch.cuda.empty_cache()
         if trainer.is_global_zero:
-            evaluation = Evaluation(step, time.monotonic() - started, self._settings(), rows, metrics)
+            seconds, cut = time.monotonic() - started, evaluator.stopped
+            evaluation = Evaluation(step, seconds, self._settings(), rows, metrics, cut)
             earlier = any(one.step == step for one in self.report.evaluations)
-            if not evaluator.stopped or (records and not earlier):  # a whole one outlives one that was cut short
+            if not cut or (records and not earlier):  # a whole one outlives one that was cut short
                 self.report = self.report.with_evaluation(evaluation)
                 self._publish(trainer, folder, evaluation, records)
         if evaluator.stopped:

@@ -28,6 +28,9 @@ from pathlib import Path
 
 import yaml
 
+from msa_train.evaluation.report import FILE as REPORT
+from msa_train.evaluation.report import Report
+
 ROOT = Path(__file__).resolve().parent.parent
 CORPORA = ROOT / "corpora"
 RECIPE = "configs/smollm2_135m/memory.yaml"
@@ -56,6 +59,11 @@ def half_way(run: Path, began: int) -> bool:
     """Whether a run that went on from before its middle has saved a step behind it: the moment to kill it."""
     step = saved_step(run)
     return step > began and step >= steps_of(run) / 2 > began
+
+
+def reported(run: Path) -> bool:
+    """Whether a run has a report that was not cut short."""
+    return (run / REPORT).is_file() and not Report.open(run).evaluations[-1].cut
 
 
 def train(run: Path, fit: Sequence[str]) -> None:
@@ -114,10 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ("--seed_everything", str(given.seed), "--data.seed", str(given.seed))
     part(3, "training", False)
     train(run, [*fit, "--name", given.name, *seeds])
-    report = run / "report.md"
-    if part(4, "report", report.is_file() and "told to stop" not in report.read_text()):
-        report.unlink(missing_ok=True)
-        (run / "report.json").unlink(missing_ok=True)
+    if part(4, "report", reported(run)):
+        (run / REPORT).unlink(missing_ok=True)
         config = str(run / "config.yaml")
         run_command(msa_train("test", "--config", config, "--config", EVALUATION, "--ckpt_path", "last"))
     if part(5, "routers", routers.is_dir()):

@@ -107,15 +107,17 @@ def test_an_evaluation_that_is_told_to_stop_writes_what_it_has_and_can_be_made_a
     assert "told to stop: the evaluation is cut short" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     folder = tmp_path / "tiny"
-    rows = Report.open(folder).evaluations[-1].rows
-    assert [bool(row.scores) for row in rows] == [True] * 3 + [False] * 3 and (folder / "report.md").is_file()
+    cut = Report.open(folder).evaluations[-1]
+    rows = cut.rows
+    assert cut.cut and "**Cut short:**" in (folder / "report.md").read_text()
+    assert [bool(row.scores) for row in rows] == [True] * 3 + [False] * 3
     assert {row.note for row in rows[3:]} == {"left out: told to stop"}
     if command == "fit":
         assert newest(folder)["global_step"] == 3
         monkeypatch.undo()
         cli.build(["test", *words, "--ckpt_path=last"])
         whole = Report.open(folder).evaluations
-        assert len(whole[-1].rows) == 12 and all(row.scores for row in whole[-1].rows)
+        assert not whole[-1].cut and len(whole[-1].rows) == 12 and all(row.scores for row in whole[-1].rows)
         monkeypatch.setattr(extrapolation, "_tell", tell)
         told.clear()
         with pytest.raises(SystemExit):

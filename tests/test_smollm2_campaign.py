@@ -61,11 +61,11 @@ else:
     assert all((pathlib.Path(weights) / ".").is_dir() for weights in of("--ckpt_path"))
     assert pathlib.Path(of("--config")[0]).is_file()
     asked = yaml.safe_load(pathlib.Path(of("--config")[-1]).read_text())["trainer"]["callbacks"][0]["init_args"]
-    row = {"method": "router", "task": "real", "length": 8192, "scores": {}, "depths": [[1.0, 2]]}
     task = asked["tasks"][0]["init_args"]
-    row["task"] = task.get("task", task.get("name"))
-    last = {"step": 80, "rows": [row], "metrics": {row["task"]: "recall@1"}, "ask": asked["ask"], "seconds": 1.5,
-            "settings": {"tasks": {row["task"]: {}}},
+    task = task.get("task", task.get("name"))
+    row = {"method": "router", "task": task, "length": 8192, "scores": {}, "depths": [[1.0, 2]]}
+    last = {"step": 80, "seconds": 1.5, "cut": name == "bm25-3", "rows": [row], "metrics": {task: "recall@1"},
+            "settings": {"tasks": {task: {}}}, "ask": asked["ask"],
             "asked": [*(["router"] if asked["router"] else []), *asked["baselines"]],
             "weighed": (run / "routing.json").is_file()}
     report = {"format": 1, "trained": 8192, "k": 16, "evaluations": [last]}
@@ -203,9 +203,11 @@ def test_an_evaluation_of_several_files_is_as_many_parts_and_one_report(
         report = found[name]["report"]
         assert [row["task"] for row in report["rows"]] == ["niah_single_1", "answers", "niah_single_2"]
         assert report["metrics"].keys() == report["settings"]["tasks"].keys() == {row["task"] for row in report["rows"]}
-        assert report["seconds"] == 4.5 and all("depths" not in row for row in report["rows"])
+        assert (report["seconds"], report["cut"]) == (4.5, name == "bm25")
+        assert all("depths" not in row for row in report["rows"])
         told_weighed = [json.loads(path.read_text()) for path in sorted(work.glob(f"runs/{name}*/report.json"))]
         assert [one["evaluations"][0]["weighed"] for one in told_weighed] == [weighed] * 3, "layers, by their recall"
+    assert tables({"variants": found}).endswith("missing: bm25.")
     assert [call["number"] for call in found["focal"]["evaluation"][-1:]] == [2] and found["focal"]["failed"] is None
     made, _ = campaign(work, "--only", "bm25", "--evaluation", files[0])
     assert told(made) == [("bm25", "test")] and not (work / "runs" / "bm25-2").exists(), "anew"

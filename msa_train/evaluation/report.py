@@ -1,6 +1,7 @@
 """Report: an evaluation as numbers (report.json) and as tables (report.md).
 
-    report.json  {"format": 1, "trained": tokens, "k": k, "evaluations": [{"step", "seconds", "settings", "rows"}, ...]}
+    report.json  {"format": 1, "trained": tokens, "k": k,
+                  "evaluations": [{"step", "seconds", "settings", "rows", "metrics", "cut"}, ...]}
 
 The invariant: every mean is written with its interval and its number of questions, and whatever was left out has its
 reason beside it.
@@ -35,6 +36,7 @@ class Evaluation:
         settings: How it was done, for the record.
         rows: Its cells.
         metrics: Headline score of every task and of every mean over tasks, in the order of the tables.
+        cut: It was told to stop before its end: what it left out is no choice of anybody's.
     """
 
     step: int
@@ -42,6 +44,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     rows: Sequence[Row]
     metrics: Mapping[str, str]
+    cut: bool = False
 
     def cells(self, task: str, method: str) -> list[Row]:
         """What a method scored on a task, the shortest memory first; without what was left out."""
@@ -144,6 +147,8 @@ class Report:
             f"Trained on packs of {self.trained:,} document tokens. Every value is a mean over n questions with its "
             f"95% bootstrap interval. {last.seconds:.0f} s.\n",
         ]
+        if last.cut:
+            parts.append("**Cut short:** it was told to stop; `msa-train test` makes it anew.\n")
         for task, metric in last.metrics.items():
             parts += self._task(last, task, metric)
         if len(self.evaluations) > 1:
