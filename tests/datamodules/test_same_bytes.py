@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -95,6 +97,28 @@ def test_the_recorded_bytes(data: PackedMemory) -> None:
     if os.environ.get("MSA_GOLDEN") == "write":
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
     assert found == json.loads(GOLDEN.read_text())
+
+
+def test_a_store_carried_to_another_machine(
+    data: PackedMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What asks for what and the mined negatives travel along; the corpus does not."""
+    assert data.data is not None
+    carried = {}
+    for store, (source, weight) in zip(data.data.stores, data.corpora.items(), strict=True):
+        folder = tmp_path / Path(source).name
+        shutil.copytree(store.folder, folder)
+        carried[str(folder)] = weight
+    monkeypatch.setenv("MSA_TRAIN_CACHE", str(tmp_path / "empty"))
+    packing = data.packing
+    module = PackedMemory(
+        corpus=carried, tokenizer=data.tokenizer_name, max_document_tokens=200, chunk_size=16,
+        document_tokens={0: 8192, 4: 16_384}, answer_share=packing.answer_share,
+        queries_per_pack=packing.queries_per_pack, negatives={"bm25": 1}, val_splits=("test",),
+    )  # fmt: skip
+    module.setup()
+    assert read(module, 0, 1) == read(data, 0, 1)
+    assert not list((tmp_path / "empty").rglob("*.arrow")), "nothing was tokenised or mined again"
 
 
 def test_a_spawned_worker_hands_out_the_same(data: PackedMemory) -> None:
