@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from msa_train.errors import UserError
 from msa_train.evaluation.evaluate import DEPTHS, Row
 from msa_train.evaluation.report import Evaluation, Report
 from msa_train.evaluation.scores import Mean
+from msa_train.evaluation.task import Trial
 from msa_train.guard import REQUEUE
 from tests.conftest import newest
+from tests.test_training import start
 
 Arguments = Callable[..., list[str]]
 RANKED = {"class_path": "datamodules.RetrievalTask", "init_args": {"questions": 7, "per_memory": 3}}
@@ -212,6 +214,35 @@ def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) ->
     cli.build([*one, *(f"--{name}={value}" for name, value in two.items())])
     together = cells(tmp_path / "tiny")
     assert together == alone and len(alone) == 4 * 2 * 3
+
+
+class Interrupted(RetrievalTask):
+    """Its second length comes with a signal, which one rank alone is sent.
+
+    Args:
+        rank: Which.
+    """
+
+    def __init__(self, rank: int, **given: Any) -> None:
+        super().__init__(**given)
+        self.rank = rank
+
+    def trials(self, length: int) -> Iterator[Trial]:
+        if length > 256 and int(os.environ.get("LOCAL_RANK", "0")) == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from super().trials(length)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_ends_the_evaluation_of_both(rank: int, tiny_run: Arguments, tmp_path: Path) -> None:
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.use_distributed_sampler": "false"}
+    told = {"class_path": "tests.test_extrapolation.Interrupted", "init_args": {**RANKED["init_args"], "rank": rank}}
+    done = start(tiny_run(tmp_path, steps=3, **two, **evaluated([told], baselines=["bm25"])), "test")
+    assert done.returncode == REQUEUE and done.stderr.count("msa-train: told to stop") == 1, done.stderr[-2000:]
+    (cut,) = Report.open(tmp_path / "tiny").evaluations
+    assert cut.cut and [(row.method, row.length, bool(row.scores)) for row in cut.rows] == [
+        ("router", 256, True), ("router", 512, False), ("router", 1024, False)
+    ], "no rank goes on to the baseline"  # fmt: skip
 
 
 def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_path: Path) -> None:
