@@ -11,14 +11,16 @@ what they print in WORK/NAME.log, how they ended in WORK/NAME.json. The first, s
 and lends its weights to the variants that are evaluated alone; baselines are asked without any. After each part
 WORK/smollm2_memory.json is gathered anew (benchmarks/smollm2_results.py), of whatever is there.
 
-A training has its GPU to itself, and trainings come first. Evaluations leave a GPU idle while they ask one question
-after another, so --per-gpu of them may share one, and where --evaluation gives several files, each is a part of its
-own: runs lie in WORK/runs/NAME, NAME-2 and so on, and their rows are gathered as one report.
+A training has its GPU to itself, as has full attention, and trainings come first. Other evaluations leave a GPU idle
+while they ask one question after another, so --per-gpu of them may share one, and where --evaluation gives several
+files, each is a part of its own: runs and logs are those of NAME, NAME-2 and so on, and their rows are gathered as one
+report. Tasks that have a mean, as the needles do, belong in one file.
 
 --minutes ends every training by the clock: its learning rate has not come to its end then, and seed0 is killed only if
 half of its steps fit. --resume leaves out what has its report, and goes on with what has a checkpoint; without it the
-chosen variants are done anew, and others stay. Ctrl-C, or `timeout -s INT 25m` before the command, lets trainings save
-their step first, and evaluations report what they have.
+chosen variants are done anew, and others stay. Ctrl-C, or `timeout 25m` before the command, lets trainings save their
+step first, and evaluations report what they have; --resume asks those anew. Where the campaign itself is killed, what
+it had started goes on: end that first.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +52,13 @@ from benchmarks.smollm2_results import (  # noqa: E402
     dumped,
     figure,
     gathered,
+    joined,
     read_record,
     run_of,
     runs_of,
     tables,
 )
-from benchmarks.smollm2_variants import GROUPS, SEEDS, VARIANTS, chosen, evaluation, overlay  # noqa: E402
+from benchmarks.smollm2_variants import GROUPS, SEEDS, VARIANTS, chosen, evaluation, overlay, tasks_of  # noqa: E402
 from examples.smollm2_memory import EVALUATION, RECIPE, half_way, saved_step  # noqa: E402
 from msa_train.evaluation.report import FILE as REPORT  # noqa: E402
 from msa_train.folders import LINK  # noqa: E402
@@ -63,6 +66,7 @@ from msa_train.runs import RECALL  # noqa: E402
 
 MSA_TRAIN = (sys.executable, "-m", "msa_train")
 TRAINING, EVALUATING = "training", "evaluation"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 1.0
 TOLD = 15  # lines of a log
 
@@ -88,13 +92,18 @@ class Part:
 
     @property
     def run(self) -> str:
-        """The folder of its run: a training's is that of the first evaluation."""
+        """The name of its run: a training's is that of the first evaluation."""
         return run_of(self.name, self.number)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it needs the GPU to itself, for its time or for its memory."""
+        return self.kind == TRAINING or (VARIANTS[self.name].baseline or "").startswith("full_attention")
 
 
 class Queue:
-    """Parts in their order, trainings first; the invariants: a training shares its GPU with nothing, and weights are
-    there before they are evaluated.
+    """Parts in their order, trainings first; the invariants: what needs its GPU alone shares it with nothing, and
+    weights are there before they are evaluated.
 
     Args:
         parts: All that is to be done.
@@ -109,19 +118,19 @@ class Queue:
     def take(self, gpu: str) -> Part | None:
         """The next part for a GPU; None when there is no more. Waits while what is left may not begin there."""
         with self.turn:
+            beside = self.running.setdefault(gpu, [])
             while self.waiting:
-                for part in self.waiting:
-                    if self._may_begin(part, beside := self.running.setdefault(gpu, [])):
-                        self.waiting.remove(part)
-                        beside.append(part)
-                        return part
+                part = next((one for one in self.waiting if self._may_begin(one, beside)), None)
+                if part is not None:
+                    self.waiting.remove(part)
+                    beside.append(part)
+                    return part
                 self.turn.wait()
             return None
 
     def _may_begin(self, part: Part, beside: Sequence[Part]) -> bool:
-        if part.kind == TRAINING:
-            return not beside
-        return part.weights not in self.untrained and all(one.kind != TRAINING for one in beside)
+        ready = part.kind == TRAINING or part.weights not in self.untrained
+        return ready and (not beside if part.alone else not any(one.alone for one in beside))
 
     def done(self, part: Part, gpu: str, well: bool) -> list[Part]:
         """A part has ended on a GPU: the others that fall with it."""
@@ -168,40 +177,69 @@ class Campaign:
         """
         for name in names:
             over = VARIANTS[name].over
-            if over is not None and over not in names and not self._ended_well(over, TRAINING):
+            if over is not None and over not in names and not self._trained(over):
                 raise SystemExit(f"{name} is evaluated over {over}, which is not trained in {self.work}: choose it too")
+        asked = {name: self._asked(name) for name in names}
         parts = []
         for name in names:
             variant = VARIANTS[name]
-            if not self.given.resume:
-                for old in (self.work / f"{name}.json", self.work / f"{name}.log"):
-                    old.unlink(missing_ok=True)
-                for run in runs_of(self.runs / name):
-                    shutil.rmtree(run)
-            asked = [n for n in range(1, len(self.evaluations) + 1) if not self._reported(name, n)]
-            if not asked:
+            self._clear(name, asked[name])
+            left = [number for number, run in enumerate(asked[name], 1) if not self._reported(run)]
+            if not left:
                 print(f"{name}: its report is there", flush=True)
                 continue
-            self._configure(name)
-            if variant.trained and not self._ended_well(name, TRAINING):
+            self._configure(name, asked[name])
+            if variant.trained and not self._trained(name):
                 parts.append(Part(name, TRAINING, name))
-            parts += [Part(name, EVALUATING, variant.over or name, number) for number in asked]
+            parts += [Part(name, EVALUATING, variant.over or name, number) for number in left]
         return parts
 
-    def _reported(self, name: str, number: int) -> bool:
-        report = self.runs / run_of(name, number) / REPORT
-        return report.is_file() and self._ended_well(name, EVALUATING, number)
+    def _asked(self, name: str) -> dict[str, str]:
+        """The evaluations of a variant: the config of each by its run.
 
-    def _ended_well(self, name: str, kind: str, number: int = 1) -> bool:
-        calls = [call for call in read_record(self.work, name).get(kind, []) if call["number"] == number]
+        Raises:
+            SystemExit: A file is none, or two ask the same.
+        """
+        configs = [evaluation(file, VARIANTS[name]) for file in self.evaluations]
+        told = [task for config in configs for task in tasks_of(config)]
+        twice = {task for task in told if told.count(task) > 1}
+        if twice:
+            raise SystemExit(f"--evaluation: {', '.join(sorted(twice))} in several files, whose rows become one report")
+        texts = (yaml.safe_dump(config, sort_keys=False) for config in configs)
+        return {run_of(name, number): text for number, text in enumerate(texts, 1)}
+
+    def _clear(self, name: str, asked: Mapping[str, str]) -> None:
+        """Clears away what is done anew; where this goes on, what was asked otherwise."""
+        if not self.given.resume:
+            (self.work / f"{name}.json").unlink(missing_ok=True)
+        for run in {*asked, *(path.name for path in runs_of(self.runs / name))}:
+            folder, config, log = self.runs / run, self._config_of(run), self.work / f"{run}.log"
+            if not self.given.resume or run not in asked:
+                config.unlink(missing_ok=True)
+                log.unlink(missing_ok=True)
+                if folder.exists():
+                    shutil.rmtree(folder)
+            elif not config.is_file() or config.read_text() != asked[run]:
+                (folder / REPORT).unlink(missing_ok=True)
+
+    def _config_of(self, run: str) -> Path:
+        """The file of what a run is asked."""
+        return self.work / f"{run}.evaluation.yaml"
+
+    def _reported(self, run: str) -> bool:
+        """Whether a run has a report that was not cut short."""
+        file = self.runs / run / REPORT
+        return file.is_file() and not joined([json.loads(file.read_text())])["cut"]
+
+    def _trained(self, name: str) -> bool:
+        calls = read_record(self.work, name).get(TRAINING, [])
         return bool(calls) and calls[-1]["code"] == 0
 
-    def _configure(self, name: str) -> None:
+    def _configure(self, name: str, asked: Mapping[str, str]) -> None:
         """Writes a variant's configs, and down what it is."""
         variant, record = VARIANTS[name], read_record(self.work, name)
-        for number, file in enumerate(self.evaluations, 1):
-            asked = yaml.safe_dump(evaluation(file, variant), sort_keys=False)
-            (self.work / f"{run_of(name, number)}.evaluation.yaml").write_text(asked)
+        for run, text in asked.items():
+            self._config_of(run).write_text(text)
         record |= {"over": variant.over, "ask": dict(variant.ask), "failed": None}
         if variant.alike:
             record["layers"] = "alike"
@@ -224,7 +262,7 @@ class Campaign:
 
     def test_words(self, part: Part) -> list[str]:
         """The words of an evaluation."""
-        asked = self.work / f"{part.run}.evaluation.yaml"
+        asked = self._config_of(part.run)
         if VARIANTS[part.name].baseline:
             return ["test", *self._given(part.run, [*self.configs, asked])]
         run = self.runs / part.weights
@@ -244,8 +282,9 @@ class Campaign:
         def serve(gpu: str) -> None:
             while (part := queue.take(gpu)) is not None:
                 well = self._do(part, gpu)
-                for fallen in queue.done(part, gpu, well):
-                    self._fail(fallen, f"{part.name} was not trained")
+                fallen = {one.name: one for one in queue.done(part, gpu, well) if one.name != part.name}
+                for one in fallen.values():
+                    self._fail(one, f"{part.name} was not trained")
 
         slots = [gpu for _ in range(self.given.per_gpu) for gpu in self.given.gpus]
         with ThreadPoolExecutor(len(slots)) as threads:
@@ -262,7 +301,7 @@ class Campaign:
         code = self._train(part, gpu) if part.kind == TRAINING else self._evaluate(part, gpu)
         well = code == 0 and (part.kind == TRAINING or (self.runs / part.run / REPORT).is_file())
         if not well and not self.stopped:
-            lines = (self.work / f"{part.name}.log").read_text(errors="replace").replace("\r", "\n").splitlines()
+            lines = (self.work / f"{part.run}.log").read_text(errors="replace").replace("\r", "\n").splitlines()
             self._fail(part, f"exit code {code}", [line for line in lines if line.strip()][-TOLD:])
         end = "" if well else ", broken off" if self.stopped else ", failed"
         self._tell(f"{part.run:<18} {part.kind:<10} GPU {gpu} {time.monotonic() - started:9,.0f} s{end}")
@@ -289,10 +328,8 @@ class Campaign:
     def _evaluate(self, part: Part, gpu: str) -> int:
         run, recall = self.runs / part.run, self.runs / part.weights / RECALL
         run.mkdir(parents=True, exist_ok=True)
-        alike = VARIANTS[part.name].alike
-        if (
-            part.run != part.weights and recall.is_file() and not alike
-        ):  # where documents are ranked, layers weigh by it
+        weighs = recall.is_file() and not VARIANTS[part.name].alike
+        if weighs and part.run != part.weights:  # where documents are ranked, layers weigh by it
             shutil.copy(recall, run / RECALL)
         return self._call(part, self.test_words(part), gpu)
 
@@ -307,7 +344,7 @@ class Campaign:
         """
         started = time.monotonic()
         name, kind = part.name, part.kind
-        with (self.work / f"{name}.log").open("ab") as log:
+        with (self.work / f"{part.run}.log").open("ab") as log:
             with self.lock:
                 if self.stopped:
                     return -signal.SIGTERM
@@ -323,8 +360,8 @@ class Campaign:
                     if kill is not None and kill():
                         os.killpg(process.pid, signal.SIGKILL)
         seconds = round(time.monotonic() - started, 1)
-        shared = 1 if kind == TRAINING else self.given.per_gpu
-        call = {"number": part.number, "code": process.returncode, "seconds": seconds, "gpu": gpu, "per_gpu": shared}
+        shared = 1 if part.alone else self.given.per_gpu
+        call = {"run": part.run, "code": process.returncode, "seconds": seconds, "gpu": gpu, "per_gpu": shared}
         with self.lock:
             self.running.discard(process)
             record = read_record(self.work, name)
@@ -343,7 +380,7 @@ class Campaign:
         with self.lock:
             self.failed.append(part.name)
             self._write(part.name, {**read_record(self.work, part.name), "failed": "\n".join([why, *lines])})
-        self._tell("\n    ".join([f"{part.name}: {part.kind} failed: {why}", *lines]))
+        self._tell("\n    ".join([f"{part.run}: {part.kind} failed: {why}", *lines]))
 
     def _tell(self, text: str) -> None:
         with self.lock:
@@ -358,6 +395,13 @@ class Campaign:
             found = gathered(self.work, [name for name in VARIANTS if name not in self.training])
             text = dumped(found).replace(str(self.work), "WORK").replace(f"{ROOT}/", "")
             (self.work / RESULT).write_text(text)
+
+
+def break_off(*_: Any) -> None:
+    """Has what was started end with this, once: `timeout` signals twice, and the second would leave it running."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -390,7 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.figure:
             figure(result).savefig(given.figure, dpi=100)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with this
+    for one in SIGNALS:
+        signal.signal(one, break_off)
     (work / "runs").mkdir(parents=True, exist_ok=True)
     campaign = Campaign(work, given)
     try:

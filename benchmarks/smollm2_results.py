@@ -109,15 +109,16 @@ def of_run(run: Path) -> dict[str, Any]:
 
 
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The last evaluations of reports on the same weights as one; what they do not share is the first's."""
+    """The last evaluations of reports on the same weights as one: every task is in one of them; settings are the
+    first's."""
     asked = [report["evaluations"][-1] for report in reports]
     first = {"trained": reports[0]["trained"], "k": reports[0]["k"], **asked[0]}
     for one in asked[1:]:
         first["seconds"] += one["seconds"]
-        first["cut"] |= one["cut"]
         first["metrics"] = {**first["metrics"], **one["metrics"]}
         tasks = {**first["settings"]["tasks"], **one["settings"]["tasks"]}
         first["settings"] = {**first["settings"], "tasks": tasks}
+    first["cut"] = any(one.get("cut", False) for one in asked)  # reports of before it was told lack it
     rows = [row for one in asked for row in one["rows"]]
     first["rows"] = [{name: value for name, value in row.items() if name != "depths"} for row in rows]
     return first
@@ -194,7 +195,7 @@ def figure(result: dict[str, Any], seed: str = SEEDS[0], baselines: Sequence[str
     own = variants[seed]["report"]
     beside = [variants[name]["report"] for name in baselines if "report" in variants.get(name, {})]
     rows = [{**row, "depths": []} for report in (own, *beside) for row in report["rows"]]
-    metrics = {task: own["metrics"][task] for task in headline(own)}
+    metrics = {task: metric for task, metric in own["metrics"].items() if headlined(task)}
     evaluation = {**{name: own[name] for name in ("step", "seconds", "settings")}, "rows": rows, "metrics": metrics}
     report = Report.of({"format": FORMAT, "trained": own["trained"], "k": own["k"], "evaluations": [evaluation]})
     return draw_curves(report, report.evaluations[0])
@@ -215,29 +216,38 @@ def tables(result: dict[str, Any], seeds: Sequence[str] = SEEDS, baselines: Sequ
         return "Nothing was evaluated yet."
     parts = []
     if alike:
-        others = headline(alike[0])
-        needles = [task for task in alike[0]["metrics"] if task not in others]
+        metrics = {task: metric for report in alike for task, metric in report["metrics"].items()}
+        others = [task for task in metrics if headlined(task)]
+        needles = [task for task in metrics if not headlined(task)]
         spread = f"mean of {len(alike)} seeds, lowest to highest" if len(alike) > 1 else "one seed"
         for title, tasks in (("Headline", others), ("Needle tasks", needles)):
-            parts += [f"## {title}: {spread}\n", _by_length(alike, beside, tasks), ""] if tasks else []
+            parts += (
+                [f"## {title}: {spread}\n", _by_length(alike, beside, {task: metrics[task] for task in tasks}), ""]
+                if tasks
+                else []
+            )
     lines = [(name, told.get(name), variants[name]) for name in variants if name not in (*seeds[1:], *baselines)]
     cut = [name for name, report in told.items() if report.get("cut")]
-    note = ["", f"Cut short, so that what is longest is missing: {', '.join(cut)}."] if cut else []
-    return "\n".join([*parts, "## Ablations\n", _ablations(lines), *note])
+    failed = [name for name in told if variants[name].get("failed")]
+    notes = [
+        f"\n{why}, so that rows are missing: {', '.join(names)}."
+        for why, names in (("Cut short", cut), ("Failed in part", failed))
+        if names
+    ]
+    return "\n".join([*parts, "## Ablations\n", _ablations(lines), *notes])
 
 
-def headline(report: Row) -> list[str]:
-    """Tasks of a report, and means over tasks in the place of the needle tasks themselves."""
-    return [task for task in report["metrics"] if not task.startswith("niah_") or "_mean_of_" in task]
+def headlined(task: str) -> bool:
+    """Whether a task stands in the headline: means over needle tasks do, in the place of the tasks themselves."""
+    return not task.startswith("niah_") or "_mean_of_" in task
 
 
-def _by_length(seeds: Sequence[Row], beside: Sequence[Row], tasks: Sequence[str]) -> str:
-    """Tasks over lengths: the model over its seeds, then each baseline."""
+def _by_length(seeds: Sequence[Row], beside: Sequence[Row], metrics: dict[str, str]) -> str:
+    """Tasks, by the score of each, over lengths: the model over its seeds, then each baseline."""
     told = [row for report in (*seeds, *beside) for row in report["rows"]]
-    lengths = sorted({row["length"] for row in told if row["task"] in tasks})
+    lengths = sorted({row["length"] for row in told if row["task"] in metrics})
     lines = []
-    for task in tasks:
-        metric = seeds[0]["metrics"][task]
+    for task, metric in metrics.items():
         for score in (metric, "recall@k") if metric == "recall@1" else (metric,):
             for reports in (seeds, *([one] for one in beside)):
                 cells = [[_value(report, task, score, n) for report in reports] for n in lengths]

@@ -175,10 +175,22 @@ def evaluation(file: Path, variant: Variant) -> dict[str, Any]:
         SystemExit: It is none.
     """
     config = yaml.safe_load(file.read_text())
-    (callbacks,) = _given([config], "trainer", "callbacks") or [[]]
-    asked = [one["init_args"] for one in callbacks if one["class_path"].endswith("ExtrapolationEvaluation")]
-    if len(asked) != 1:
+    found = _callbacks(config)
+    if len(found) != 1:
         raise SystemExit(f"{file}: give one callbacks.ExtrapolationEvaluation in trainer.callbacks")
-    asked[0]["ask"] = {**asked[0].get("ask", {}), **variant.ask}
-    asked[0] |= {"router": variant.baseline is None, "baselines": [variant.baseline] if variant.baseline else []}
+    asked = found[0]
+    asked["ask"] = {**asked.get("ask", {}), **variant.ask}
+    asked |= {"router": variant.baseline is None, "baselines": [variant.baseline] if variant.baseline else []}
     return config
+
+
+def tasks_of(config: dict[str, Any]) -> list[str]:
+    """What an evaluation asks: its tasks by their names; needles, which have a mean, as one."""
+    (asked,) = _callbacks(config)
+    kinds = [(task["class_path"].rpartition(".")[2], task.get("init_args", {})) for task in asked["tasks"]]
+    return list(dict.fromkeys(kind if kind == "NeedleTask" else given.get("name", kind) for kind, given in kinds))
+
+
+def _callbacks(config: dict[str, Any]) -> list[dict[str, Any]]:
+    (callbacks,) = _given([config], "trainer", "callbacks") or [[]]
+    return [one["init_args"] for one in callbacks if one["class_path"].endswith("ExtrapolationEvaluation")]

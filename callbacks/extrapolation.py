@@ -222,8 +222,9 @@ class ExtrapolationEvaluation(L.Callback):
         if trainer.is_global_zero:
             seconds, cut = time.monotonic() - started, evaluator.stopped
             evaluation = Evaluation(step, seconds, self._settings(), rows, metrics, cut)
-            earlier = any(one.step == step for one in self.report.evaluations)
-            if not cut or (records and not earlier):  # a whole one outlives one that was cut short
+            earlier = next((one for one in self.report.evaluations if one.step == step), None)
+            keep = earlier is not None and (not earlier.cut or earlier.measured > evaluation.measured)
+            if not cut or (records and not keep):
                 self.report = self.report.with_evaluation(evaluation)
                 self._publish(trainer, folder, evaluation, records)
         if evaluator.stopped:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import yaml
 
+from msa_train.errors import UserError
 from msa_train.evaluation.report import FILE as REPORT
 from msa_train.evaluation.report import Report
 
@@ -62,8 +63,11 @@ def half_way(run: Path, began: int) -> bool:
 
 
 def reported(run: Path) -> bool:
-    """Whether a run has a report that was not cut short."""
-    return (run / REPORT).is_file() and not Report.open(run).evaluations[-1].cut
+    """Whether a run has a report that was not cut short, and can be read."""
+    try:
+        return not Report.open(run).evaluations[-1].cut
+    except UserError:
+        return False
 
 
 def train(run: Path, fit: Sequence[str]) -> None:

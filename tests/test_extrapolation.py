@@ -91,10 +91,11 @@ def test_an_evaluation_that_is_told_to_stop_writes_what_it_has_and_can_be_made_a
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     told: list[Row] = []
+    until = 3
 
     def tell(row: Row, **_: Any) -> None:
         told.append(row)
-        if len(told) == 3:
+        if len(told) == until:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(extrapolation, "_tell", tell)
@@ -114,6 +115,12 @@ def test_an_evaluation_that_is_told_to_stop_writes_what_it_has_and_can_be_made_a
     assert cut.cut and "**Cut short:**" in (folder / "report.md").read_text()
     assert [bool(row.scores) for row in rows] == [True] * 3 + [False] * 3
     assert {row.note for row in rows[3:]} == {"left out: told to stop"}
+    if command == "test":
+        for until, measured in ((2, 3), (4, 4)):
+            told.clear()
+            with pytest.raises(SystemExit):
+                cli.build([command, *words])
+            assert [one.measured for one in Report.open(folder).evaluations] == [measured], "what has more stays"
     if command == "fit":
         assert newest(folder)["global_step"] == 3
         monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -177,8 +178,29 @@ def test_as_many_evaluations_share_a_gpu_as_are_asked_for_and_a_training_has_it_
         most = max(most, running)
         assert call["kind"] == "test" or running <= 1
     assert most == 3 and running == 0
-    shared = {call["per_gpu"] for one in found.values() for call in one["evaluation"]}
-    assert shared == {3} and {call["per_gpu"] for call in found["seed1"]["training"]} == {1}
+    shared = {name: [call["per_gpu"] for call in one["evaluation"]] for name, one in found.items()}
+    assert shared == {name: [1] if name == "full_attention" else [3] for name in found}
+    assert {call["per_gpu"] for call in found["seed1"]["training"]} == {1}
+
+
+def test_full_attention_has_its_gpu_alone() -> None:
+    baselines = [smollm2_memory.Part(name, smollm2_memory.EVALUATING, name) for name in GROUPS["baselines"]]
+    queue = smollm2_memory.Queue(baselines)
+    first = [queue.take("0") for _ in range(3)]
+    assert [part.name for part in first if part] == ["untrained", "bm25", "dense"] and not queue.done(
+        first[0], "0", True
+    )
+    assert not queue._may_begin(baselines[-1], queue.running["0"])
+    last = queue.take("1")
+    assert last == baselines[-1] and not queue._may_begin(baselines[0], queue.running["1"])
+
+
+def test_the_second_signal_breaks_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_: dict[int, Any] = {}
+    monkeypatch.setattr(smollm2_memory.signal, "signal", set_.__setitem__)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2_memory.break_off(signal.SIGINT, None)
+    assert set_ == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 
 def test_an_evaluation_of_several_files_is_as_many_parts_and_one_report(
@@ -187,30 +209,44 @@ def test_an_evaluation_of_several_files_is_as_many_parts_and_one_report(
     whole = yaml.safe_load((ROOT / EVALUATION).read_text())
     asked = whole["trainer"]["callbacks"][0]["init_args"]
     files = []
-    for number, task in enumerate((asked["tasks"][0], asked["tasks"][-1], asked["tasks"][1]), 1):
-        asked["tasks"] = [task]
+    needles, real, answers = asked["tasks"][:8], asked["tasks"][8], asked["tasks"][-1]
+    for number, tasks_ in enumerate((needles, [answers], [real]), 1):
+        asked["tasks"] = tasks_
         files.append(str(tmp_path / f"{number}.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(whole))
     names = ("focal", "bm25")
     monkeypatch.setenv("BROKEN", json.dumps({"focal-2": "test"}))
     with pytest.raises(SystemExit):
         campaign(work, "--only", *names, "--evaluation", *files, "--per-gpu", "2")
+    partly = json.loads((work / smollm2_memory.RESULT).read_text())["variants"]
+    assert partly["focal"]["failed"] == "exit code 3\none line\nthe reason", "of its own log"
+    assert "Failed in part, so that rows are missing: focal." in tables({"variants": partly})
     monkeypatch.delenv("BROKEN")
     made, found = campaign(work, "--only", *names, "--evaluation", *files, "--resume")
-    assert told(made) == [("focal-2", "test")], "the others are there"
-    assert made[0]["ckpt_path"] == [str(work / "runs" / "focal" / "last.ckpt")]
+    assert sorted(told(made)) == [("bm25-3", "test"), ("focal-2", "test")], "what was cut short, and what failed"
+    assert made[-1]["ckpt_path"] == [str(work / "runs" / "focal" / "last.ckpt")]
     for name, weighed in (("focal", True), ("bm25", False)):
         report = found[name]["report"]
-        assert [row["task"] for row in report["rows"]] == ["niah_single_1", "answers", "niah_single_2"]
+        assert [row["task"] for row in report["rows"]] == ["niah_single_1", "answers", "real"]
         assert report["metrics"].keys() == report["settings"]["tasks"].keys() == {row["task"] for row in report["rows"]}
         assert (report["seconds"], report["cut"]) == (4.5, name == "bm25")
         assert all("depths" not in row for row in report["rows"])
         told_weighed = [json.loads(path.read_text()) for path in sorted(work.glob(f"runs/{name}*/report.json"))]
         assert [one["evaluations"][0]["weighed"] for one in told_weighed] == [weighed] * 3, "layers, by their recall"
-    assert tables({"variants": found}).endswith("missing: bm25.")
-    assert [call["number"] for call in found["focal"]["evaluation"][-1:]] == [2] and found["focal"]["failed"] is None
+    assert tables({"variants": found}).endswith("Cut short, so that rows are missing: bm25.")
+    assert found["focal"]["evaluation"][-1]["run"] == "focal-2" and found["focal"]["failed"] is None
+    again = ["--only", "focal", "--resume", "--evaluation"]
+    assert campaign(work, *again, *files)[0] == []
+    made, found = campaign(work, *again, files[0], files[2])
+    assert told(made) == [("focal-2", "test")] and not (work / "runs" / "focal-3").exists(), "what is asked counts"
+    assert [row["task"] for row in found["focal"]["report"]["rows"]] == ["niah_single_1", "real"]
     made, _ = campaign(work, "--only", "bm25", "--evaluation", files[0])
-    assert told(made) == [("bm25", "test")] and not (work / "runs" / "bm25-2").exists(), "anew"
+    assert told(made) == [("bm25", "test")] and not list(work.glob("bm25-*")), "anew"
+    with pytest.raises(SystemExit, match="NeedleTask in several files"):
+        campaign(work, "--only", "focal", "--evaluation", files[0], files[0])
+    with pytest.raises(FileNotFoundError):
+        campaign(work, "--only", "focal", "--evaluation", "nowhere.yaml")
+    assert (work / "runs" / "focal" / "last.ckpt").exists(), "a mistake costs no weights"
 
 
 def test_a_variant_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_on(
@@ -229,6 +265,7 @@ def test_a_variant_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_
     found = json.loads((work / smollm2_memory.RESULT).read_text())["variants"]
     assert found["focal"]["failed"] == "exit code 3\none line\nthe reason" and "report" not in found["focal"]
     assert found["documents_16"]["failed"] == "seed0 was not trained"
+    assert found["seed0"]["failed"] == "exit code 3\none line\nthe reason"
     assert found["coupled"]["failed"] is None and found["coupled"]["report"]["step"] == 80
     assert "exit code 3" in tables({"variants": found})
 
@@ -246,8 +283,10 @@ def test_resuming_does_what_is_not_done_and_nothing_twice(work: Path, monkeypatc
     assert [call["code"] for call in found["coupled"]["training"]] == [3, 0], "what went before is told too"
     assert all(one["failed"] is None for one in found.values())
     assert campaign(work, "--only", *names, "--resume")[0] == []
-    record = work / "focal.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "evaluation": [{"number": 1, "code": 75}]}))
+    file = work / "runs" / "focal" / "report.json"
+    report = json.loads(file.read_text())
+    report["evaluations"][-1]["cut"] = True
+    file.write_text(json.dumps(report))
     assert told(campaign(work, "--only", *names, "--resume")[0]) == [("focal", "test")], "it was told to stop"
     made, _ = campaign(work, "--only", "focal")
     assert told(made) == [("focal", "fit"), ("focal", "test")] and made[0]["ckpt_path"] == [], "anew"

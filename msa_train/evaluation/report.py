@@ -46,6 +46,11 @@ class Evaluation:
     metrics: Mapping[str, str]
     cut: bool = False
 
+    @property
+    def measured(self) -> int:
+        """How many cells have scores."""
+        return sum(bool(row.scores) for row in self.rows)
+
     def cells(self, task: str, method: str) -> list[Row]:
         """What a method scored on a task, the shortest memory first; without what was left out."""
         return [row for row in self.rows if row.task == task and row.method == method and row.scores]
