@@ -116,7 +116,8 @@ def test_an_evaluation_that_is_told_to_stop_writes_what_it_has_and_can_be_made_a
     assert [bool(row.scores) for row in rows] == [True] * 3 + [False] * 3
     assert {row.note for row in rows[3:]} == {"left out: told to stop"}
     if command == "test":
-        for until, measured in ((2, 3), (4, 4)):
+        for ended, measured in ((2, 3), (4, 4)):
+            until = ended
             told.clear()
             with pytest.raises(SystemExit):
                 cli.build([command, *words])

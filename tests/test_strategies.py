@@ -77,8 +77,11 @@ def runs(tiny_run: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) -> None:
-    """All keep a float32 copy and add up in another order: 1 in 200. DDP has no copy: 1 in 50."""
-    finite = torch.arange(STEPS) != BROKEN
+    """All keep a float32 copy and add up in another order: 1 in 200. DDP has no copy: 1 in 50.
+
+    Norms of gradients before the broken step alone: later the weights differ by enough for the largest score of a
+    document to be another chunk's, which is the same loss and quite another gradient (28.6 and 33.8 at the last step).
+    """
     for stage in (1, 2, 3):
         name = f"zero{stage}"
         for rank in (0, 1):
@@ -90,7 +93,7 @@ def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) ->
                 ours, theirs = column(runs / name, log), column(runs / other, log)
                 assert len(ours) == STEPS and ours[0] == theirs[0], (name, log)
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
-            ours, theirs = (column(runs / run, "train/grad_norm")[finite] for run in (name, other))
+            ours, theirs = (column(runs / run, "train/grad_norm")[:BROKEN] for run in (name, other))
             torch.testing.assert_close(ours, theirs, rtol=2 * tolerance, atol=0)
 
 
