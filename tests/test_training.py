@@ -61,13 +61,11 @@ def test_golden_losses(tiny_run: Arguments, tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert all(len(values) == 20 for values in found.values())
     assert float(found["total"][-1]) < float(found["total"][0])
-    if golden["machine"] == machine:
-        assert found == golden["losses"]
-    else:  # another instruction set or torch adds up in another order
-        for name, values in golden["losses"].items():
-            torch.testing.assert_close(
-                torch.tensor([*map(float, found[name])]), torch.tensor([*map(float, values)]), rtol=2e-3, atol=2e-3
-            )
+    # even of one instruction set, two makes of processor add up in two orders: 5e-7 apart where it was seen
+    near = 1e-5 if golden["machine"] == machine else 2e-3
+    for name, values in golden["losses"].items():
+        ours, theirs = (torch.tensor([*map(float, given)], dtype=torch.float64) for given in (found[name], values))
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
