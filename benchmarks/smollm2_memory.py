@@ -98,7 +98,7 @@ class Part:
     @property
     def alone(self) -> bool:
         """Whether it needs the GPU to itself, for its time or for its memory."""
-        return self.kind == TRAINING or (VARIANTS[self.name].baseline or "").startswith("full_attention")
+        return self.kind == TRAINING or VARIANTS[self.name].baseline == "full_attention_beyond"
 
 
 class Queue:
