@@ -259,10 +259,12 @@ def _by_length(seeds: Sequence[Row], beside: Sequence[Row], metrics: dict[str, s
 
 
 def _ablations(lines: Sequence[tuple[str, Row | None, Row]]) -> str:
-    """One line for every variant: needles, real questions and answers at the shortest, a million and the longest."""
+    """One line for every variant: needles, real questions and answers at the shortest length that all of them have, at
+    a million and at the longest."""
     reports = [report for _, report, _ in lines if report is not None]
-    every = sorted({row["length"] for report in reports for row in report["rows"]})
-    lengths = sorted({every[0], every[-1], *({MILLION} & set(every))}) if every else []
+    asked = [{row["length"] for row in report["rows"]} for report in reports]
+    every = set().union(*asked)
+    lengths = sorted({min(every.intersection(*asked) or every), max(every), *({MILLION} & every)}) if every else []
     places = " / ".join(map(label, lengths))
     columns: list[tuple[str, Callable[[str], bool], str]] = [
         ("needles", lambda task: "_mean_of_" in task, "accuracy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ COLOURS = ("#08519c", "#fd8d3c", "#31a354", "#9e9ac8", "#d62728", "#8c6d31")
 
 def draw_curves(report: Report, evaluation: Evaluation) -> Figure:
     """Every method's headline score over the memory's length, a panel per task; the band is the 95% interval. Where
-    answers are written, the dashed line says how many of the documents that hold them were found."""
+    answers are written, the dashed line says how many of the documents that hold them were found. A method has one
+    colour in all panels."""
     figure, drawn = panels(len(evaluation.metrics), 5.6, 4.0)
+    methods = dict.fromkeys(row.method for row in evaluation.rows)
+    colours = dict(zip(methods, cycle(COLOURS), strict=False))
     for axes, (task, metric) in zip(drawn, evaluation.metrics.items(), strict=False):
-        for colour, method in zip(COLOURS, evaluation.methods(task), strict=False):
-            cells = evaluation.cells(task, method)
+        for method in evaluation.methods(task):
+            cells, colour = evaluation.cells(task, method), colours[method]
             draw_lines(axes, cells, metric, colour, method, "-")
             if cells and all("gold_recall" in cell.scores for cell in cells):
                 found = [cell.scores["gold_recall"].value for cell in cells]

@@ -11,7 +11,7 @@ parts, each of which is skipped where its result is there, so a broken-off call 
     4 report     needles, questions and answers over 8K to 10M tokens     checkpoints/NAME/report.md  (msa-train test)
     5 routers    what was trained, without the backbone                   checkpoints/NAME-routers/ (msa-train export)
 
-`--config configs/smollm2_135m/days.yaml` is the same with forty times the steps and all weights trained.
+`--config configs/smollm2_135m/days.yaml` is the same with twenty times the steps and all weights trained.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import ExtrapolationEvaluation, extrapolation
-from callbacks.figures import draw_curves, draw_depths
+from callbacks.figures import COLOURS, draw_curves, draw_depths
 from datamodules import RetrievalTask
 from msa_train import cli
 from msa_train.errors import UserError
@@ -209,6 +209,19 @@ def test_the_depth_figure_has_a_panel_for_every_task_that_was_measured_but_none_
     assert [axes.get_title() for axes in draw_depths(report, evaluation).axes if axes.get_title()] == ["one: accuracy"]
     shown = [axes.get_title() for axes in draw_curves(report, evaluation).axes if axes.get_visible()]
     assert shown == list(metrics)
+
+
+def test_a_method_has_one_colour_in_every_panel_and_none_is_left_out() -> None:
+    mean = Mean(0.5, 0.25, 0.75, 4)
+    methods = ["router", *(f"baseline {number}" for number in range(7))]
+    asked = {"one": methods, "two": [methods[0], *methods[:0:-1][:3]]}
+    rows = [Row(method, task, 512, scores={"accuracy": mean}) for task in asked for method in asked[task]]
+    evaluation = Evaluation(1, 1.0, {}, rows, dict.fromkeys(asked, "accuracy"))
+    first, second = draw_curves(Report(256, 8, [evaluation]), evaluation).axes
+    one, two = ({str(line.get_label()): line.get_color() for line in axes.get_lines()} for axes in (first, second))
+    assert set(methods) < set(one) and set(asked["two"]) < set(two)
+    assert all(two[method] == one[method] for method in asked["two"])
+    assert len({one[method] for method in methods[: len(COLOURS)]}) == len(COLOURS)
 
 
 def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_phases_of_a_further_config_are_merged_as_msa_train_merges_them(tmp_path
 
 def test_without_a_warm_up_the_main_phase_has_all_steps() -> None:
     (only,) = overlay([ROOT / RECIPE], VARIANTS["no_warm_up"])["model"]["phases"]
-    assert (only["steps"], only["warmup_steps"], only["lm_weight"]) == (400, 10, 1.0)
+    assert (only["steps"], only["warmup_steps"], only["lm_weight"]) == (800, 10, 1.0)
 
 
 @cache

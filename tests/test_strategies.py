@@ -29,7 +29,7 @@ from tests.test_training import ROOT, losses, start
 pytest.importorskip("deepspeed")
 
 Arguments = Callable[..., list[str]]
-STEPS, SAVED, BARE, BROKEN = 6, 3, 2, 4
+STEPS, SAVED, BARE, BROKEN = 8, 4, 2, 4
 COLUMNS = ("loss/total", "loss/lm", "loss/routing", "train/grad_norm", "train/skipped_steps")
 CONFIGS = [ROOT / "configs" / "strategy" / "ddp.yaml", *sorted((ROOT / "configs" / "strategy").glob("zero*.yaml"))]
 ROUTERS = json.dumps([{"name": "routers", "steps": 2, "router_lr": 3e-3, "trainable": "routers"}])
@@ -79,8 +79,9 @@ def runs(tiny_run: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) -> None:
     """All keep a float32 copy and add up in another order: 1 in 200. DDP has no copy: 1 in 50.
 
-    Norms of gradients before the broken step alone. At the last step DDP and stage 2 have 28.6, stages 1 and 3 have
-    33.8, at losses 1 in 1,000 apart. Why is not known: a largest score that falls on another chunk would do it.
+    Norms of gradients twice that, the broken step's aside. Not every schedule would do: one over six steps has a norm of
+    28.6 or 33.8, and one over eight without a broken step has 32.8 with DDP and 40.7 to 40.8 with ZeRO, at losses as alike
+    as anywhere. So what is skipped is not the cause; that a largest score lies on another chunk there is likely.
     """
     for stage in (1, 2, 3):
         name = f"zero{stage}"
@@ -93,13 +94,14 @@ def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) ->
                 ours, theirs = column(runs / name, log), column(runs / other, log)
                 assert len(ours) == STEPS and ours[0] == theirs[0], (name, log)
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
-            ours, theirs = (column(runs / run, "train/grad_norm")[:BROKEN] for run in (name, other))
-            torch.testing.assert_close(ours, theirs, rtol=2 * tolerance, atol=0)
+            ours, theirs = (column(runs / run, "train/grad_norm") for run in (name, other))
+            whole = torch.arange(STEPS) != BROKEN
+            torch.testing.assert_close(ours[whole], theirs[whole], rtol=2 * tolerance, atol=0)
 
 
 def test_a_broken_gradient_of_one_rank_is_skipped_by_all_and_counted(runs: Path) -> None:
     for name in ("zero1", "zero2", "zero3"):
-        assert column(runs / name, "train/skipped_steps").tolist() == [0, 0, 0, 0, 1, 1]
+        assert column(runs / name, "train/skipped_steps").tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
         assert torch.isinf(column(runs / name, "train/grad_norm")).tolist() == [step == BROKEN for step in range(STEPS)]
         saved = read_checkpoint(runs / name / "last.ckpt")
         assert saved["msa_train"]["skipped_steps"] == 1
@@ -128,8 +130,8 @@ def test_ranks_hold_the_same_weights_and_the_folder_has_them(runs: Path) -> None
 def test_a_folder_holds_one_checkpoint_and_nothing_lies_about(runs: Path) -> None:
     for name in ("zero1", "zero2", "zero3"):
         folder = runs / name
-        assert newest_checkpoint(folder) == folder / "step=6.ckpt" == (folder / "last.ckpt").resolve()
-        assert {path.name for path in folder.glob("*.ckpt*")} == {"last.ckpt", "step=3.ckpt", "step=6.ckpt"}
+        assert newest_checkpoint(folder) == folder / f"step={STEPS}.ckpt" == (folder / "last.ckpt").resolve()
+        assert {path.name for path in folder.glob("*.ckpt*")} == {"last.ckpt", f"step={SAVED}.ckpt", f"step={STEPS}.ckpt"}
         inside = {path.name for path in (folder / "last.ckpt").iterdir()}
         parts = {f"optimizer-{rank}-0.safetensors" for rank in (0, 1)}
         assert inside == {WEIGHTS, FACTS, TRAINER, MANIFEST, *parts}
