@@ -57,7 +57,7 @@ def whole(module: MemorySparseModule, here: bool = True) -> Iterator[None]:
     if not sharded(spread):
         yield
         return
-    blank = module.blank(spread.backbone.config.vocab_size) if here else None
+    blank = module.blueprint.blank(spread.backbone.config.vocab_size) if here else None
     complete(spread, blank)
     module.model = spread if blank is None else blank
     try:

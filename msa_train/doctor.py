@@ -89,13 +89,14 @@ def _installation(trainer: Any) -> Iterator[Finding]:
 
 
 def _model(model: MemorySparseModule, tokens: int | None, longest: int) -> Iterator[Finding]:
-    net = model.blank(tokens)
+    net = model.blueprint.blank(tokens)
     config = net.backbone.config
     routers = sum(weight.numel() for _, weight in net.router_parameters())
     backbone = sum(weight.numel() for _, weight in net.backbone_parameters())
     freed = sum(weight.numel() for _, weight in net.backbone_parameters() if weight.requires_grad)  # adapters, if any
     layers = net.routed_layers
-    yield Finding("model", "backbone", f"{model.backbone_name}: {config.model_type}, {backbone / 1e6:,.1f}M weights")
+    name = model.blueprint.backbone
+    yield Finding("model", "backbone", f"{name}: {config.model_type}, {backbone / 1e6:,.1f}M weights")
     yield Finding("model", "routers", f"layers {layers[0]}..{layers[-1]}, {routers / 1e6:,.1f}M weights")
     for phase in model.timeline.phases:
         trained = routers + (freed if phase.trainable == "all" else 0)
@@ -105,7 +106,7 @@ def _model(model: MemorySparseModule, tokens: int | None, longest: int) -> Itera
             f"loss {phase.lm_weight:g} lm + {phase.routing_weight:g} routing",
         )  # fmt: skip
     if tokens is not None:
-        asked = open_config(model.backbone_name).vocab_size
+        asked = open_config(model.blueprint.backbone).vocab_size
         grown = tokens > asked
         yield Finding(
             "model", "vocabulary",
@@ -186,12 +187,12 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
             "--trainer.strategy ddp_find_unused_parameters_true",
         )  # fmt: skip
     smallest = min(phase.backbone_lr for phase in model.timeline.phases)
-    if model.dtype_name == "bfloat16" and smallest < 1e-4 and zero is None:
+    if model.blueprint.weights == "bfloat16" and smallest < 1e-4 and zero is None:
         yield Finding(
             "run", "weights", f"bfloat16 without a float32 copy at a rate of {smallest:g}: most updates are lost",
             "warning", "model.weights float32 with precision bf16-mixed, or msa_train.strategies.ZeRO",
         )  # fmt: skip
-    if model.dtype_name == "float32" and str(trainer.precision) == "bf16-true" and zero is None:
+    if model.blueprint.weights == "float32" and str(trainer.precision) == "bf16-true" and zero is None:
         yield Finding("run", "weights", "model.weights float32 is overruled by precision bf16-true", "warning",
                       "bf16-mixed keeps float32 weights")  # fmt: skip
 
@@ -209,7 +210,7 @@ def _zero_findings(model: MemorySparseModule, zero: Any, precision: str) -> Iter
     if precision not in PRECISIONS:
         yield Finding("run", "precision", f"{precision}: ZeRO trains bfloat16 weights", "error",
                       "--trainer.precision bf16-true")  # fmt: skip
-    if stage == 3 and model.recompute == "documents":
+    if stage == 3 and model.blueprint.recompute == "documents":
         yield Finding("run", "strategy", "model.recompute documents under ZeRO stage 3: ranks would wait for ever",
                       "error", "take stage 2, or recompute layers")  # fmt: skip
     if model.timeline.freezes_for_a_while:
@@ -217,7 +218,7 @@ def _zero_findings(model: MemorySparseModule, zero: Any, precision: str) -> Iter
             "run", "strategy", "the phases freeze the backbone for a while, which ZeRO cannot", "error",
             "train the routers in a run of their own, and start the next from it with --model.init_from",
         )  # fmt: skip
-    if model.dtype_name == "float32":
+    if model.blueprint.weights == "float32":
         yield Finding(
             "run", "weights", "model.weights float32 begin rounded to bfloat16, as ZeRO trains them", "warning",
             "model.weights bfloat16 says so",

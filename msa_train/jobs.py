@@ -85,6 +85,6 @@ class Trainer(L.Trainer):
             raise UserError(f"--pool_tokens is {pool_tokens}: give at least 1")
         if not out or (Path(out).exists() and not Path(out).is_dir()):
             raise UserError(f"--out '{out}' is no folder: give one, or a name that is free")
-        net = model.restored(checkpoint, len(datamodule.tokenizer)).eval()
+        net = model.blueprint.restored(checkpoint, len(datamodule.tokenizer)).eval()
         datamodule.mine(net.to("cuda" if torch.cuda.is_available() else "cpu"), Path(out), pool_tokens)
         get_console().print(f"negatives   {out}", soft_wrap=True, highlight=False, markup=False)

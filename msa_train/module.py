@@ -10,47 +10,27 @@ held-out queries, routed over their whole pack.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM
 
-from msa_train.backbone import (
-    check_adapters_beside,
-    check_home,
-    fit_vocabulary,
-    open_adapters,
-    open_backbone,
-    open_config,
-    open_home,
-)
-from msa_train.checkpoints import (
-    DTYPES,
-    PREFIX,
-    check_adapters,
-    check_architecture,
-    check_chunk_size,
-    load_routers,
-    read_checkpoint,
-    restore,
-)
+from msa_train.blueprint import Blueprint, Weights
+from msa_train.checkpoints import PREFIX, read_checkpoint
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
 from msa_train.kernels.choice import Kernels
-from msa_train.lora import ADAPTER, LoRA, adapt
+from msa_train.lora import ADAPTER, LoRA
 from msa_train.losses import RoutingLoss, global_mean, routing_loss
 from msa_train.metrics import LossMeans, RoutingMetrics
-from msa_train.model import MemorySparseModel, Output, Recompute, check_supported
+from msa_train.model import MemorySparseModel, Output, Recompute
 from msa_train.optimizer_state import plain_state_dict
 from msa_train.pack import MemoryPack
 from msa_train.phases import Group, Phase, Timeline
@@ -101,24 +81,19 @@ class MemorySparseModule(L.LightningModule):
         kernels: Kernels = Kernels(),
         recompute: Recompute = "none",
         kept_layers: int = 0,
-        weights: Literal["float32", "bfloat16"] = "float32",
+        weights: Weights = "float32",
         lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise UserError(f"model.temperature is {temperature}: give a positive number (the paper: 0.1)")
         self.timeline = Timeline(tuple(phases))
-        self.backbone_name, self.msa = backbone, msa
+        self.msa = msa
+        self.blueprint = Blueprint(backbone, msa, kernels, recompute, kept_layers, weights, lora)
         self.routing_words: RoutingWords = routing_words
         self.loss_kind: RoutingLoss = routing_loss
         self.temperature, self.weight_decay, self.betas = temperature, weight_decay, betas
-        if kept_layers and recompute != "layers":
-            raise UserError(f"model.kept_layers is {kept_layers}: it needs model.recompute layers")
         self.init_from = init_from
-        self.kernels, self.kept_layers = kernels, kept_layers
-        self.recompute: Recompute = recompute
-        self.dtype_name = weights
-        self.lora = lora
         self.model: MemorySparseModel | None = None
         self.watches_collapse = True  # until a callback does, that knows the layers apart
         self._collapse_told = False
@@ -135,24 +110,6 @@ class MemorySparseModule(L.LightningModule):
 
     # --- building -----------------------------------------------------------------------------------------------
 
-    def blank(self, tokens: int | None) -> MemorySparseModel:
-        """The model on no device: its names and shapes, for nothing.
-
-        Args:
-            tokens: Size of the tokenizer, if there is one.
-
-        Raises:
-            UserError: The backbone cannot be opened or routed.
-        """
-        config = open_config(self.backbone_name)
-        check_supported(config)
-        if tokens is not None:
-            config.vocab_size = max(config.vocab_size, tokens)
-        with torch.device("meta"):
-            backbone = AutoModelForCausalLM.from_config(config)
-            adapt(backbone, self.lora)
-            return MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
-
     def preflight(self, tokens: int | None, checkpoint: Path | None) -> None:
         """Builds the model on no device and holds it against the weights to be loaded: an error here costs nothing.
 
@@ -166,21 +123,8 @@ class MemorySparseModule(L.LightningModule):
         self._resuming = checkpoint is not None
         if self.init_from is not None and not self._resuming and not Path(self.init_from).exists():
             raise UserError(f"model.init_from: no such checkpoint '{self.init_from}'")
-        model = self.blank(tokens)
-        check_home(self.backbone_name)
-        check_adapters_beside(self.backbone_name, model.backbone)
         source = checkpoint or (Path(self.init_from) if self.init_from else None)
-        if source is not None and not self._resuming and _routers_alone(source):
-            check_home(str(source), self.backbone_name)
-            self._adapters_in(str(source))
-            check_adapters_beside(str(source), model.backbone)
-            load_routers(model, str(source))  # onto no device: names and shapes alone
-        elif source is not None:
-            saved = read_checkpoint(source)
-            check_adapters(self.lora, saved, str(source))
-            check_architecture(model, saved, str(source))
-            if self._resuming:
-                check_chunk_size(self.msa, saved, str(source))
+        self.blueprint.check(source, self._resuming, tokens)
 
     def open_for_evaluation(self, checkpoint: Path) -> None:
         """Has the model built with a checkpoint's weights, without Lightning's help: for evaluation, not resuming."""
@@ -193,8 +137,7 @@ class MemorySparseModule(L.LightningModule):
         strategy = self._strategy()
         start = self._evaluated or (None if self._resuming else self.init_from)
         if isinstance(strategy, ZeRO) and strategy.stage == 3:
-            tokenizer = self._tokenizer()
-            self.model = self.blank(None if tokenizer is None else len(tokenizer))
+            self.model = self.blueprint.blank(self._tokens())
             strategy.shard(self.model, self._started(start) if self.trainer.is_global_zero else None)
         else:
             self.model = self._started(start)
@@ -210,52 +153,12 @@ class MemorySparseModule(L.LightningModule):
         if self._evaluated is not None:
             self._loaded_step = read_checkpoint(Path(self._evaluated))["global_step"]
 
-    def _started(self, checkpoint: str | None) -> MemorySparseModel:
-        """The model before training, or with a checkpoint's weights, or with routers alone."""
-        if checkpoint is not None and _routers_alone(Path(checkpoint)):
-            adapters = self._adapters_in(checkpoint)
-            merged = adapters is None and open_adapters(checkpoint) is not None
-            words = "routers alone, their adapters merged" if merged else "routers alone"
-            rank_zero_info(f"msa-train: model.init_from: {words}; the backbone is {self.backbone_name}")
-            return self._drawn(checkpoint, self.backbone_name, adapters)
-        model = self.untrained()
-        if checkpoint is not None:
-            saved = read_checkpoint(Path(checkpoint))
-            check_adapters(self.lora, saved, checkpoint)
-            check_architecture(model, saved, checkpoint)
-            model.load_state_dict({name.removeprefix(PREFIX): weight for name, weight in saved["state_dict"].items()})
-        return model
+    def _started(self, start: str | None) -> MemorySparseModel:
+        return self.blueprint.started(start, self.seed, self._tokens())
 
     def untrained(self) -> MemorySparseModel:
-        """The model as it is before all training: the backbone's own weights; its own routers too where its folder has
-        any, and else routers as they are drawn."""
-        return self._drawn(self.backbone_name)
-
-    def _adapters_in(self, folder: str) -> LoRA | None:
-        """The run's adapters, if those of routers alone are to go into them; None if they are merged."""
-        theirs = open_adapters(folder)
-        if theirs is None or self.lora is None:
-            return None
-        if theirs.facts != self.lora.facts:
-            raise UserError(
-                f"{folder}: its adapters are of model.lora {json.dumps(theirs.facts)}, this run has "
-                f"{json.dumps(self.lora.facts)}: give the same to train them on, none to have them merged, or start "
-                "with --model.backbone from that folder, which merges them and puts new ones beside"
-            )
-        return self.lora
-
-    def _drawn(self, name: str, elsewhere: str | None = None, adapters: LoRA | None = None) -> MemorySparseModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # alike on all ranks, whatever was drawn since seed_everything
-            backbone = open_backbone(name, DTYPES[self.dtype_name], elsewhere, adapters)
-            tokenizer = self._tokenizer()
-            if tokenizer is not None:
-                fit_vocabulary(backbone, len(tokenizer))
-            if adapters is None:
-                adapt(backbone, self.lora)
-            model = MemorySparseModel(backbone, self.msa, self.kernels, self.recompute, self.kept_layers)
-        load_routers(model, name)
-        return model
+        """The model as it is before all training, on the CPU."""
+        return self.blueprint.untrained(self.seed, self._tokens())
 
     def check_strategy(self, strategy: Any, fitting: bool) -> None:
         """Checks what the strategy can run.
@@ -271,7 +174,7 @@ class MemorySparseModule(L.LightningModule):
             raise UserError(
                 "trainer.strategy is Lightning's DeepSpeed: give msa_train.strategies.ZeRO (docs/scaling.md)"
             )
-        if isinstance(strategy, ZeRO) and strategy.stage == 3 and self.recompute == "documents":
+        if isinstance(strategy, ZeRO) and strategy.stage == 3 and self.blueprint.recompute == "documents":
             raise UserError(
                 "model.recompute documents under ZeRO stage 3: packs differ in their number of parts, and ranks would "
                 "wait for each other's weights for ever; take stage 2, or recompute layers"
@@ -324,7 +227,7 @@ class MemorySparseModule(L.LightningModule):
             )
         self._skipped = self._skipped.to(self.device)
         smallest = min(phase.backbone_lr for phase in self.timeline.phases)
-        if self.dtype_name == "bfloat16" and smallest < 1e-4 and not isinstance(strategy, ZeRO):
+        if self.blueprint.weights == "bfloat16" and smallest < 1e-4 and not isinstance(strategy, ZeRO):
             warnings.warn(
                 f"weights are bfloat16 without a float32 copy, and backbone_lr falls to {smallest:g} or less: most "
                 "updates are smaller than bfloat16 can hold and are lost. Use model.weights float32 with precision "
@@ -349,7 +252,7 @@ class MemorySparseModule(L.LightningModule):
         torch.manual_seed(self.seed + 1 + batch_idx * self.trainer.world_size + self.trainer.global_rank)
         _, phase, _ = self.timeline.at(self.global_step)
         wanted = phase.trainable == "all"
-        weights = [w for name, w in self.net.backbone_parameters() if self.lora is None or ADAPTER in name]
+        weights = [w for name, w in self.net.backbone_parameters() if self.blueprint.lora is None or ADAPTER in name]
         if weights[0].requires_grad != wanted:
             for weight in weights:
                 weight.requires_grad_(wanted)
@@ -422,11 +325,11 @@ class MemorySparseModule(L.LightningModule):
         less = {
             "none": "set model.recompute layers, ",
             "layers": "lower model.kept_layers, set model.recompute documents, ",
-        }
+        }.get(self.blueprint.recompute, "")
         return (
-            f"out of memory at step {self.steps_done()}, in {self._pack or 'no pack'}: "
-            f"{less.get(self.recompute, '')}lower data.document_tokens or data.queries_per_pack, or share more out "
-            "over GPUs (docs/scaling.md); `msa-train estimate` says what fits"
+            f"out of memory at step {self.steps_done()}, in {self._pack or 'no pack'}: {less}lower "
+            "data.document_tokens or data.queries_per_pack, or share more out over GPUs (docs/scaling.md); `msa-train "
+            "estimate` says what fits"
         )
 
     def logs_after(self, batch_idx: int) -> bool:
@@ -503,7 +406,7 @@ class MemorySparseModule(L.LightningModule):
             "validate_first": self.validate_first,
             "strategy": f"ZeRO stage {strategy.stage}" if isinstance(strategy, ZeRO) else type(strategy).__name__,
             "ranks": self.trainer.world_size,
-            "lora": None if self.lora is None else self.lora.facts,
+            "lora": None if self.blueprint.lora is None else self.blueprint.lora.facts,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -515,19 +418,6 @@ class MemorySparseModule(L.LightningModule):
             groups = parameter_groups(self.net, self.weight_decay)
             checkpoint["optimizer_states"] = [plain_state_dict(reader.tensor, checkpoint.pop("optimizer"), groups)]
         _recount(checkpoint, self.trainer.accumulate_grad_batches)
-
-    def restored(self, path: Path, tokens: int) -> MemorySparseModel:
-        """The trained model of a checkpoint, without a trainer.
-
-        Args:
-            path: The checkpoint.
-            tokens: Size of the tokenizer.
-
-        Raises:
-            UserError: It is no checkpoint, or of another architecture.
-        """
-        dtype = DTYPES[self.dtype_name]
-        return restore(self.backbone_name, self.msa, dtype, path, tokens, self.kernels)
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
@@ -563,17 +453,15 @@ class MemorySparseModule(L.LightningModule):
     def _strategy(self) -> Any:
         return self._trainer.strategy if self._trainer is not None else None
 
-    def _tokenizer(self) -> Any:
+    def _tokens(self) -> int | None:
+        """Size of the data's tokenizer, if there is one."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        return getattr(data, "tokenizer", None)
+        tokenizer = getattr(data, "tokenizer", None)
+        return None if tokenizer is None else len(tokenizer)
 
     def _splits(self) -> tuple[str, ...]:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return tuple(getattr(data, "val_splits", ("test",)))
-
-
-def _routers_alone(source: Path) -> bool:
-    return (source / "config.json").is_file() and open_home(str(source)) is not None
 
 
 def packs_per_step(trainer: L.Trainer, data: Any) -> int:

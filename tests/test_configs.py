@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,10 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     hardware = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", f"--runs={tmp_path}"]
     cli = build([*words, *hardware, "--trainer.precision=32-true"], run=False)
 
-    name = cli.model.backbone_name
+    name = cli.model.blueprint.backbone
     stand_in = STAND_INS.get(name, Path(name).stem)
-    cli.model.backbone_name = str(ROOT / "configs" / "backbones" / f"{stand_in}.json")
+    shape = str(ROOT / "configs" / "backbones" / f"{stand_in}.json")
+    cli.model.blueprint = replace(cli.model.blueprint, backbone=shape)
     cli.model.init_from = None
     cli.model.trainer = cli.trainer
     with torch.device("meta"):
@@ -63,7 +65,7 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = cli.model.net
     backbone = sum(weight.numel() for name, weight in model.backbone_parameters() if ADAPTER not in name)
     assert backbone == pytest.approx(SIZES[stand_in], rel=0.01)
-    layers = AutoConfig.from_pretrained(cli.model.backbone_name).num_hidden_layers
+    layers = AutoConfig.from_pretrained(shape).num_hidden_layers
     assert model.routed_layers == tuple(range(layers // 2, layers))
     assert cli.datamodule.packing.chunk_size == cli.model.msa.chunk_size
     assert cli.trainer.max_steps == (1 if cli.trainer.fast_dev_run else cli.model.timeline.steps)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -348,12 +349,12 @@ def test_names_and_groups_choose_variants_in_their_order() -> None:
 def test_a_shorter_run_has_shorter_phases_and_a_nearer_curriculum() -> None:
     found = overlay([ROOT / RECIPE], Variant(), 0.25, minutes=1.5)
     first, main = found["model"]["phases"]
-    assert (first["steps"], first["warmup_steps"], main["steps"], main["warmup_steps"]) == (12, 2, 88, 0)
+    assert (first["steps"], first["warmup_steps"], main["steps"], main["warmup_steps"]) == (12, 2, 188, 0)
     assert found["data"]["init_args"]["document_tokens"] == {0: 8192, 12: 65536}
     assert found["checkpoint"]["every_n_train_steps"] == 10 and found["trainer"]["val_check_interval"] == 50
     assert found["trainer"]["max_time"] == {"seconds": 90}
     tiny = overlay([ROOT / RECIPE], Variant(), 0.01)["model"]["phases"]
-    assert [(phase["steps"], phase["warmup_steps"]) for phase in tiny] == [(1, 0), (4, 0)]
+    assert [(phase["steps"], phase["warmup_steps"]) for phase in tiny] == [(1, 0), (8, 0)]
 
 
 def test_phases_of_a_further_config_are_merged_as_msa_train_merges_them(tmp_path: Path) -> None:
@@ -418,8 +419,8 @@ def test_msa_train_takes_a_variants_words_which_change_what_it_says(
     assert {part for place in places for part in place.split(".")} & set().union(*CHANGED.values()) == CHANGED[name]
     places -= {place for place in places if CHANGED[name] & set(place.split("."))}
     assert {place.rpartition(".")[2] for place in places} == {*OURS}
-    built.model.backbone_name = str(ROOT / "configs/backbones/smollm2_135m.json")
-    model = built.model.blank(None)
+    backbone = str(ROOT / "configs/backbones/smollm2_135m.json")
+    model = replace(built.model.blueprint, backbone=backbone).blank(None)
     assert (name == "layers_all") == (len(model.routed_layers) == 30)
     assert set(model.routed_layers) <= set(range(30))
 

@@ -79,9 +79,9 @@ def runs(tiny_run: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_stages_start_bitwise_as_ddp_does_and_have_its_losses(runs: Path) -> None:
     """All keep a float32 copy and add up in another order: 1 in 200. DDP has no copy: 1 in 50.
 
-    Norms of gradients twice that, the broken step's aside. Not every schedule would do: one over six steps has a norm of
-    28.6 or 33.8, and one over eight without a broken step has 32.8 with DDP and 40.7 to 40.8 with ZeRO, at losses as alike
-    as anywhere. So what is skipped is not the cause; that a largest score lies on another chunk there is likely.
+    Norms of gradients twice that, the broken step's aside. Not every schedule would do: one over six steps has a norm
+    of 28.6 or 33.8, and one over eight without a broken step has 32.8 with DDP and 40.7 to 40.8 with ZeRO, at losses as
+    alike as anywhere. So what is skipped is not the cause; that a largest score lies on another chunk there is likely.
     """
     for stage in (1, 2, 3):
         name = f"zero{stage}"
@@ -131,7 +131,8 @@ def test_a_folder_holds_one_checkpoint_and_nothing_lies_about(runs: Path) -> Non
     for name in ("zero1", "zero2", "zero3"):
         folder = runs / name
         assert newest_checkpoint(folder) == folder / f"step={STEPS}.ckpt" == (folder / "last.ckpt").resolve()
-        assert {path.name for path in folder.glob("*.ckpt*")} == {"last.ckpt", f"step={SAVED}.ckpt", f"step={STEPS}.ckpt"}
+        kept = {"last.ckpt", f"step={SAVED}.ckpt", f"step={STEPS}.ckpt"}
+        assert {path.name for path in folder.glob("*.ckpt*")} == kept
         inside = {path.name for path in (folder / "last.ckpt").iterdir()}
         parts = {f"optimizer-{rank}-0.safetensors" for rank in (0, 1)}
         assert inside == {WEIGHTS, FACTS, TRAINER, MANIFEST, *parts}

@@ -145,7 +145,7 @@ def test_phases_freeze_weigh_and_log(tiny_run: Arguments, tmp_path: Path) -> Non
         ["fit", *tiny_run(tmp_path, **{"model.phases": json.dumps(phases[:1]), "name": "first"})]
     ).model
     untrained = MemorySparseModule(
-        start_of_phase.backbone_name, list(start_of_phase.timeline.phases), start_of_phase.msa
+        start_of_phase.blueprint.backbone, list(start_of_phase.timeline.phases), start_of_phase.msa
     )
     untrained._trainer = start_of_phase.trainer
     untrained.configure_model()

@@ -59,7 +59,7 @@ def read(module: MemorySparseModule, config: Any, ranks: int) -> Read:
     given = data["document_tokens"]
     tokens = max(given.values()) if isinstance(given, Mapping) else int(given)
     vocabulary, note = _vocabulary(data)
-    net = module.blank(vocabulary)
+    net = module.blueprint.blank(vocabulary)
     phases, msa = module.timeline.phases, module.msa
     share, document = data.get("answer_share", 0.25), max(data.get("max_document_tokens", 1024) // 2, 1)
     answered = round(share * (document + REPEATED + QUESTION + ANSWER))
@@ -75,7 +75,7 @@ def read(module: MemorySparseModule, config: Any, ranks: int) -> Read:
     guess += f" and answers {ANSWER}" if share else ""
     setup = _setup(module, config.trainer, ranks)
     padded = "float32 attention pads documents to the longest, which is not counted" * (setup.precision == "32-true")
-    adapted = module.lora is not None
+    adapted = module.blueprint.lora is not None
     lora = "adapters: time and activations are counted as if the whole backbone were trained" * adapted
     return Read(Model.of(net), packed, tokens, setup, tuple(filter(None, (guess, note, padded, lora))))
 
@@ -110,10 +110,10 @@ def _vocabulary(data: Any) -> tuple[int | None, str]:
 def _setup(module: MemorySparseModule, trainer: Any, ranks: int) -> Setup:
     strategy, arguments = _strategy(trainer.strategy, ranks)
     setup = Setup(
-        precision=_precision(str(trainer.precision), module.dtype_name),
-        recompute=module.recompute,
-        kept_layers=module.kept_layers,
-        fused=module.kernels.elementwise != "plain",
+        precision=_precision(str(trainer.precision), module.blueprint.weights),
+        recompute=module.blueprint.recompute,
+        kept_layers=module.blueprint.kept_layers,
+        fused=module.blueprint.kernels.elementwise != "plain",
         trains_backbone=any(phase.trainable == "all" for phase in module.timeline.phases),
         ranks=ranks,
         accumulated=int(trainer.accumulate_grad_batches),
