@@ -600,6 +600,14 @@ def test_tables_have_the_seeds_spread_the_needles_apart_and_a_line_for_every_abl
     ]
 
 
+def test_variants_are_compared_at_the_shortest_length_that_all_of_them_have() -> None:
+    seed = report(0.9, 0.6, row("real", 4096, 512, recall_at_1=1.0, recall_at_k=1.0))
+    (head,) = (line for line in tables({"variants": {"seed0": seed, "focal": report(0.5, 0.2)}}).splitlines()
+               if line.startswith("| variant"))  # fmt: skip
+    assert "needles: 8K / 1M / 10M" in head
+    assert "needles: 4K / 1M / 10M" in tables({"variants": {"seed0": seed}})
+
+
 def test_a_seed_that_lacks_a_length_is_counted_out() -> None:
     second = report(0.8, 0.5)
     second["report"]["rows"] = [one for one in second["report"]["rows"] if one["length"] != LONG]
