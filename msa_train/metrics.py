@@ -4,10 +4,14 @@ Collapse does not show in the loss: the same few documents may be chosen for eve
 recall, MRR and NDCG stand the entropy of what was selected, the share of documents that anybody selected, the share of
 queries that the most popular document wins ("hubness"), and by how much right documents outscore wrong ones ("margin").
 
-Shapes: L routed layers, Q queries, D documents, K selected documents.
+Shapes: L routed layers, Q queries, D documents, K selected documents, X any number of dimensions; in RoutingMetrics
+R rows, one for each routed layer and one for their mean. Rows are measured together: a GPU is handed a few kernels a
+pack and not a few for every layer, which the host of a small model has no time for.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -28,7 +32,7 @@ def rank_documents(score_XD: Tensor) -> Tensor:
 
 
 def retrieval_scores(score_XD: Tensor, positive_XD: Tensor, k: int) -> dict[str, Tensor]:
-    """Recall@1, @5, @k, MRR and NDCG per query; every query needs a positive.
+    """Recall@1, @5, @k, MRR and NDCG per query; every query needs a positive. Positives may be of fewer dimensions.
 
     Recall's denominator is min(positives, cutoff), so that a perfect ranking scores 1. NDCG is over the whole ranking.
     With scores (.9, .5, .1) and the second document relevant: recall@1 0, MRR 1/2, NDCG 1/log2(3).
@@ -49,8 +53,8 @@ def retrieval_scores(score_XD: Tensor, positive_XD: Tensor, k: int) -> dict[str,
     return result
 
 
-def score_margins(score_QD: Tensor, positive_QD: Tensor) -> Tensor:
-    """By how much each query's best positive outscores its best negative. [Q]; NaN where a query lacks either.
+def score_margins(score_XQD: Tensor, positive_QD: Tensor) -> Tensor:
+    """By how much each query's best positive outscores its best negative. [X, Q]; NaN where a query lacks either.
 
     A document with a score of -inf is excluded: it is neither.
 
@@ -58,13 +62,13 @@ def score_margins(score_QD: Tensor, positive_QD: Tensor) -> Tensor:
     >>> score_margins(scores, torch.tensor([[False, True, False], [True, True, False]]))
     tensor([-0.2500,     nan])
     """
-    positive = score_QD.masked_fill(~positive_QD, -torch.inf).amax(-1)
-    negative = score_QD.masked_fill(positive_QD, -torch.inf).amax(-1)
+    positive = score_XQD.masked_fill(~positive_QD, -torch.inf).amax(-1)
+    negative = score_XQD.masked_fill(positive_QD, -torch.inf).amax(-1)
     return (positive - negative).where(positive.isfinite() & negative.isfinite(), torch.nan)
 
 
-def selection_health(selected_QK: Tensor, documents: int, positive_QD: Tensor) -> dict[str, Tensor]:
-    """Entropy, coverage, hubness and diversity of one pack's selections in one layer; scalars.
+def selection_health(selected_XQK: Tensor, documents: int, positive_QD: Tensor) -> dict[str, Tensor]:
+    """Entropy, coverage, hubness and diversity of one pack's selections, each [X]: a scalar for those of one layer.
 
     Four queries whose best documents are 0, 0, 0 and 1 of 8, with four different positives: hubness 3/4; the
     distribution (3/4, 1/4) counts as 1.755 documents, so diversity is 1.755 / 4.
@@ -76,24 +80,24 @@ def selection_health(selected_QK: Tensor, documents: int, positive_QD: Tensor) -
         diversity: effective number of first-ranked documents over the number of different positives (at most one a
             query); a router that finds them all reaches 1, one that sends every query to one place goes to 0.
     """
-    count_D = torch.zeros(documents, dtype=torch.float32, device=selected_QK.device)
-    taken_QK = (selected_QK >= 0).to(count_D.dtype)  # 0 where nothing was left to select
-    place_QK = selected_QK.clamp_min(0)
-    chosen = count_D.index_add(0, place_QK.flatten(), taken_QK.flatten())
-    winners = count_D.index_add(0, place_QK[:, 0], taken_QK[:, 0])
-    queries = taken_QK[:, 0].sum().clamp_min(1)
-    wanted = torch.minimum(positive_QD.any(0).sum().clamp_min(1), queries)  # no more winners than queries
+    taken_XQK = (selected_XQK >= 0).float()  # 0 where nothing was left to select
+    place_XQK = selected_XQK.clamp_min(0)
+    count_XD = taken_XQK.new_zeros(*selected_XQK.shape[:-2], documents)
+    chosen_XD = count_XD.scatter_add(-1, place_XQK.flatten(-2), taken_XQK.flatten(-2))
+    winners_XD = count_XD.scatter_add(-1, place_XQK[..., 0], taken_XQK[..., 0])
+    queries_X = taken_XQK[..., 0].sum(-1).clamp_min(1)
+    wanted_X = torch.minimum(positive_QD.any(0).sum().clamp_min(1), queries_X)  # no more winners than queries
     return {
-        "entropy": _entropy(chosen) / torch.log(count_D.new_tensor(float(max(documents, 2)))),
-        "coverage": (chosen > 0).float().mean(),
-        "hubness": winners.max() / queries,
-        "diversity": _entropy(winners).exp() / wanted,
+        "entropy": _entropy(chosen_XD) / math.log(max(documents, 2)),
+        "coverage": (chosen_XD > 0).float().mean(-1),
+        "hubness": winners_XD.amax(-1) / queries_X,
+        "diversity": _entropy(winners_XD).exp() / wanted_X,
     }
 
 
-def _entropy(count: Tensor) -> Tensor:
-    share = count / count.sum().clamp_min(1)
-    return -(share * share.clamp_min(1e-30).log()).sum()
+def _entropy(count_XD: Tensor) -> Tensor:
+    share_XD = count_XD / count_XD.sum(-1, keepdim=True).clamp_min(1)
+    return -(share_XD * share_XD.clamp_min(1e-30).log()).sum(-1)
 
 
 class LossMeans(Metric):
@@ -155,15 +159,15 @@ class RoutingMetrics(Metric):
         asked = positive_QD.any(-1)
         routed = asked.any()  # a pack of instructions alone says nothing of the router
         overall_QD = score_LQD.mean(0)
-        selections = (*selected_LQK, select_documents(overall_QD, self.k))
-        for row, (score_QD, selected_QK) in enumerate(zip((*score_LQD, overall_QD), selections, strict=True)):
-            scores = retrieval_scores(score_QD, positive_QD | ~asked[:, None], self.k)
-            self.retrieval[row] += torch.stack([(scores[name] * asked).sum() for name in self.NAMES])
-            health = selection_health(selected_QK, score_QD.shape[-1], positive_QD)
-            self.health[row] += routed * torch.stack([health[name] for name in self.HEALTH])
-            margin_Q = score_margins(score_QD, positive_QD)
-            self.margin[row] += margin_Q.nansum()
-            self.contested[row] += (~margin_Q.isnan()).sum()
+        score_RQD = torch.cat([score_LQD, overall_QD[None]])
+        selected_RQK = torch.cat([selected_LQK, select_documents(overall_QD, selected_LQK.shape[-1])[None]])
+        scores = retrieval_scores(score_RQD, positive_QD | ~asked[:, None], self.k)
+        self.retrieval += torch.stack([(scores[name] * asked).sum(-1) for name in self.NAMES], -1)
+        health = selection_health(selected_RQK, score_LQD.shape[-1], positive_QD)
+        self.health += routed * torch.stack([health[name] for name in self.HEALTH], -1)
+        margin_RQ = score_margins(score_RQD, positive_QD)
+        self.margin += margin_RQ.nansum(-1)
+        self.contested += (~margin_RQ.isnan()).sum(-1)
         self.queries += asked.sum()
         self.packs += routed
 

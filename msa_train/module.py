@@ -101,6 +101,7 @@ class MemorySparseModule(L.LightningModule):
         self._broken: list[tuple[int, Tensor]] = []  # steps since the last look, and whether they were skipped
         self._seed: int | None = None
         self._pack = ""
+        self._backbone_trains: bool | None = None  # as the last step had it
         self.validate_first = False  # whether the validation of the step that is saved is to come
         self._resuming = False
         self._evaluated: str | None = None
@@ -252,10 +253,11 @@ class MemorySparseModule(L.LightningModule):
         torch.manual_seed(self.seed + 1 + batch_idx * self.trainer.world_size + self.trainer.global_rank)
         _, phase, _ = self.timeline.at(self.global_step)
         wanted = phase.trainable == "all"
-        weights = [w for name, w in self.net.backbone_parameters() if self.blueprint.lora is None or ADAPTER in name]
-        if weights[0].requires_grad != wanted:
-            for weight in weights:
-                weight.requires_grad_(wanted)
+        if wanted != self._backbone_trains:  # to walk through all names takes a while
+            for name, weight in self.net.backbone_parameters():
+                if self.blueprint.lora is None or ADAPTER in name:
+                    weight.requires_grad_(wanted)
+            self._backbone_trains = wanted
 
     def training_step(self, pack: MemoryPack, batch_idx: int) -> Tensor:
         """The weighted sum of both losses of one pack, as its share of the global batch."""
@@ -275,7 +277,8 @@ class MemorySparseModule(L.LightningModule):
         """Measures the gradient and keeps a non-finite one from the weights, without a look at the device."""
         if isinstance(self.trainer.strategy, ZeRO):  # it does both by itself, in the step that follows
             return
-        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~torch.isfinite(norm)).float()
         optimizer.found_inf = broken  # type: ignore[attr-defined]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional import retrieval as theirs
 
 from msa_train.metrics import (
@@ -15,6 +17,7 @@ from msa_train.metrics import (
     score_margins,
     selection_health,
 )
+from msa_train.routing import select_documents
 
 
 def test_scores_equal_torchmetrics() -> None:
@@ -108,6 +111,60 @@ def test_mean_margin_is_over_the_queries_that_have_one() -> None:
     values = metric.compute()
     for name in ("margin", "layer_4/margin", "layer_7/margin"):
         assert math.isclose(values[name].item(), 0.125, rel_tol=1e-6), name
+
+
+def packs(layers: int, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Two packs: some queries without a positive, some documents excluded, some selections short."""
+    found = []
+    for queries, documents in ((7, 12), (5, 3)):
+        score_LQD = torch.randn(layers, queries, documents, generator=generator)
+        positive_QD = torch.rand(queries, documents, generator=generator) < 0.2
+        positive_QD[0], positive_QD[1, 0], score_LQD[:, 2, 1:] = False, True, -torch.inf
+        selected_LQK = torch.stack([select_documents(score_QD, 4) for score_QD in score_LQD])
+        found.append((score_LQD, selected_LQK, positive_QD))
+    return found
+
+
+def test_rows_measured_together_are_each_layer_measured_alone() -> None:
+    metric, given = RoutingMetrics((3, 5, 8), k=4), packs(3, torch.Generator().manual_seed(1))
+    for pack in given:
+        metric.update(*pack)
+    values = metric.compute()
+    for row, prefix in enumerate(("layer_3/", "layer_5/", "layer_8/", "")):
+        sums: dict[str, list[torch.Tensor]] = {}
+        for score_LQD, selected_LQK, positive_QD in given:
+            score_QD = score_LQD[row] if prefix else score_LQD.mean(0)
+            selected_QK = selected_LQK[row] if prefix else select_documents(score_QD, 4)
+            asked = positive_QD.any(-1)
+            margin_Q = score_margins(score_QD, positive_QD)
+            alone = {name: value for name, value in retrieval_scores(score_QD[asked], positive_QD[asked], 4).items()}
+            health = selection_health(selected_QK, score_QD.shape[-1], positive_QD)
+            alone |= {name: value[None] for name, value in health.items()} | {"margin": margin_Q[~margin_Q.isnan()]}
+            for name, value in alone.items():
+                sums.setdefault(name, []).append(value)
+        for name, parts in sums.items():
+            torch.testing.assert_close(values[prefix + name], torch.cat(parts).double().mean(), msg=prefix + name)
+
+
+def test_a_pack_takes_as_many_operations_for_many_layers_as_for_two() -> None:
+    """What launches kernels is the host's time (benchmarks/results/smollm2_host.json)."""
+    counted = []
+    for layers in (2, 15):
+        metric, (pack, _) = RoutingMetrics(tuple(range(layers)), k=4), packs(layers, torch.Generator().manual_seed(2))
+        with Operations() as operations:
+            metric.update(*pack)
+        counted.append(operations.number)
+    assert counted[0] == counted[1] < 150
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_loss_mean_is_over_tokens_not_packs() -> None:
