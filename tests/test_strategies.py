@@ -49,7 +49,7 @@ def flags(folder: Path, name: str, strategy: str, **others: Any) -> dict[str, An
     return {
         "name": name, "trainer.devices": 2, "trainer.strategy": strategy, "trainer.precision": "bf16-true",
         "model.weights": "bfloat16", "checkpoint.every_n_train_steps": SAVED, "trainer.limit_val_batches": 1,
-        "trainer.val_check_interval": 4, "trainer.gradient_clip_val": 1.0,
+        "trainer.val_check_interval": 3, "trainer.gradient_clip_val": 1.0,
         "trainer.callbacks": json.dumps([{"class_path": "tests.hooks.Trials", "init_args": trials}]), **others,
     }  # fmt: skip
 
