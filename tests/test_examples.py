@@ -120,7 +120,7 @@ def test_the_recipe_takes_what_msa_train_takes(monkeypatch: pytest.MonkeyPatch, 
     here = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--runs={tmp_path}"]
     found = build([*fit[3:], *here], run=False)
     assert found.config.fit.name == "mine" and found.datamodule.packing.seed == 3
-    assert found.model.timeline.steps == 16_000 and found.model.lora is None
+    assert found.model.timeline.steps == 16_000 and found.model.blueprint.lora is None
     assert (
         test[3] == "test" and test[-2:] == ["--ckpt_path", "last"] and "configs/evaluation/smollm2_memory.yaml" in test
     )
