@@ -137,7 +137,7 @@ def test_rows_measured_together_are_each_layer_measured_alone() -> None:
             selected_QK = selected_LQK[row] if prefix else select_documents(score_QD, 4)
             asked = positive_QD.any(-1)
             margin_Q = score_margins(score_QD, positive_QD)
-            alone = {name: value for name, value in retrieval_scores(score_QD[asked], positive_QD[asked], 4).items()}
+            alone = retrieval_scores(score_QD[asked], positive_QD[asked], 4)
             health = selection_health(selected_QK, score_QD.shape[-1], positive_QD)
             alone |= {name: value[None] for name, value in health.items()} | {"margin": margin_Q[~margin_Q.isnan()]}
             for name, value in alone.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from msa_train.memory.manifest import MANIFEST, UNFINISHED
 from msa_train.memory.segment import LayerSegment, Segment
 from msa_train.memory.strings import Strings, offsets_of
 from tests.memory.banks import HEADS, K, queries
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits a process")
 
 
 def files(folder: BankFolder) -> dict[str, tuple[int, int, int]]:

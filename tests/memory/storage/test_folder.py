@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol
 from tests.memory.banks import HEADS, PRECISIONS, K, assert_same, assert_same_answers, queries
 from tests.memory.conftest import passages
-from tests.memory.storage.folders import files, large_bank, verified, written
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits a process")
+from tests.memory.storage.folders import files, large_bank, linux, verified, written
 
 # --- saved and opened -------------------------------------------------------------------------------------------------
 

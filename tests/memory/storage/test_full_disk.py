@@ -21,9 +21,7 @@ from msa_train.memory.segment import Segment
 from msa_train.protocol import Protocol
 from tests.memory.banks import assert_same
 from tests.memory.conftest import passages
-from tests.memory.storage.folders import files, finished, large_bank, listed, verified
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits a process")
+from tests.memory.storage.folders import files, finished, large_bank, linux, listed, verified
 
 
 def failing_at(patch: pytest.MonkeyPatch, call: int, error: Exception) -> list[str]:
