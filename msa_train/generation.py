@@ -334,16 +334,19 @@ class Answerer:
         retrieved: list[Retrieved] = []
         steps: list[list[Source]] = []
 
-        def reading() -> Generator[_Begin, _State, _State]:
-            return (yield _Begin(bank, self._context(asked, steps), [document.number for document in retrieved]))
-
-        state = yield from reading()
-        injected: list[int] = []
         begun = self.protocol.text(f" {lead}") if lead else []
         closing = [*self.protocol.stop, *self.protocol.repetition(asked), *self.protocol.lead, *begun]
+        injected: list[int] = []
+
+        def reading() -> Generator[_Begin, _State, _State]:
+            context = self._context(asked, steps, len(closing))
+            return (yield _Begin(bank, context, [document.number for document in retrieved]))
+
+        state = yield from reading()
         while True:
-            found, written = yield from self._name(state, draw, notes)
-            found = self._fitting(found, state, len(closing), notes)
+            last = self.positions - len(closing) - 1  # an answer's first token still has its place behind it
+            found, written = yield from self._name(state, last, draw, notes)
+            found = self._fitting(found, state.decoding.position - len(written), bank, len(closing), notes)
             retrieval = self.protocol.retrieval([number for number, _ in found]) if found else []
             if written and written != retrieval[:-1]:
                 state, written = (yield from reading()), []  # what was written is not what shall stand there
@@ -368,9 +371,10 @@ class Answerer:
         words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
 
-    def _context(self, asked: Sequence[int], steps: Sequence[Sequence[Source]]) -> Context:
+    def _context(self, asked: Sequence[int], steps: Sequence[Sequence[Source]], closing: int) -> Context:
+        """A question's context, behind which it is closed and answered with at least one token."""
         context = self.protocol.asking(asked, steps)
-        needed = self._start + len(context.tokens)
+        needed = self._start + len(context.tokens) + closing + 1
         if needed > self.positions:
             raise UserError(
                 f"the question needs {needed:,} positions, the model has {self.positions:,}: ask a shorter one"
@@ -378,17 +382,17 @@ class Answerer:
         return context
 
     def _name(
-        self, state: _State, draw: torch.Generator, notes: list[str]
+        self, state: _State, last: int, draw: torch.Generator, notes: list[str]
     ) -> Generator[_Extend, _Next, tuple[list[tuple[int, float]], list[int]]]:
         """The documents of a step with their scores, in the order of their numbers as in training; and the tokens
-        that the model wrote for it."""
+        that the model wrote for it, up to position `last`."""
         if self.config.mode == "router":
             best = self._rank(state, self.config.documents)
             return sorted(pair for pair in best if pair[1] >= best[0][1] - self.config.margin), []
         control = (self.protocol.ref, self.protocol.start, self.protocol.end)
         written: list[int] = []
         token = self._pick(state.following, draw)
-        while token not in control and len(written) < STEP_TOKENS:
+        while token not in control and len(written) < STEP_TOKENS and state.decoding.position < last:
             written.append(token)
             token = self._pick((yield from self._feed(state, [token])), draw)
         numbers = self.protocol.numbers(written)
@@ -418,14 +422,15 @@ class Answerer:
         return bool(following.logits_V[self.protocol.stop[0]] >= following.logits_V[another])
 
     def _fitting(
-        self, found: list[tuple[int, float]], state: _State, closing: int, notes: list[str]
+        self, found: list[tuple[int, float]], position: int, bank: Bank, closing: int, notes: list[str]
     ) -> list[tuple[int, float]]:
-        """The documents whose text fits behind the context with an answer after it; the worst are left out first."""
+        """The documents whose text fits behind the context, which ends at `position`, with a whole answer after it; the
+        worst are left out first."""
         kept = list(found)
-        room = self.positions - state.decoding.position - closing - 1
+        room = self.positions - position - closing - self.config.max_new_tokens
         while kept:
             numbers = [number for number, _ in kept]
-            sources = [self._source(state.bank, number) for number in numbers]
+            sources = [self._source(bank, number) for number in numbers]
             needed = self.protocol.retrieval(numbers) + self.protocol.injection(sources)
             if len(needed) <= room:
                 break
@@ -451,7 +456,7 @@ class Answerer:
             piece = words.step(self.protocol.tokenizer.backend_tokenizer, token)
             if piece:
                 yield Written(piece.replace(JOINER, ""))  # invisible; `restore` takes out of the whole what was added
-            if len(tokens) == self.config.max_new_tokens or state.decoding.position == self.positions:
+            if len(tokens) == self.config.max_new_tokens or state.decoding.position >= self.positions:
                 notes.append(f"stopped after {len(tokens)} tokens")
                 break
             following = yield from self._feed(state, [token])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from msa_train.decoding import begin
+from msa_train import generation
+from msa_train.decoding import begin, extend
 from msa_train.errors import UserError
 from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written
 from msa_train.memory import Encoder, MemoryBank, Passage
@@ -295,6 +296,46 @@ def test_what_does_not_fit_is_left_out_with_a_note_and_the_answer_stays(
     short.positions = begun + closing + 6  # neither document fits, and the answer ends with the positions
     (answer,) = short.ask(QUESTIONS[:1])
     assert answer.documents == () and answer.tokens <= 7 and "left out" in answer.notes[0]
+
+
+@pytest.mark.parametrize("mode", ["router", "generative"])
+def test_nothing_is_read_or_written_past_the_models_positions(
+    mode: Any, model: MemorySparseModel, protocol: Protocol, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furthest: list[int] = []
+
+    def watched(model: MemorySparseModel, decodings: Sequence[Any], tokens: Sequence[Sequence[int]]) -> Any:
+        logits_QV = extend(model, decodings, tokens)
+        furthest.extend(decoding.position for decoding in decodings)
+        return logits_QV
+
+    monkeypatch.setattr(generation, "extend", watched)
+    answerer = Answerer(model, protocol, bank, config=AskConfig(mode=mode, max_new_tokens=64))
+    ends = set()
+    for words in range(2, 60, 4):
+        answerer.positions = 256
+        try:
+            (answer,) = answerer.ask(["river " * words])
+        except UserError as error:
+            assert "positions, the model has 256: ask a shorter one" in str(error)
+            ends.add("refused")
+        else:
+            assert answer.tokens > 0 and max(furthest) <= 256
+            ends.add("stopped" if max(furthest) == 256 else "whole")
+        furthest.clear()
+    assert ends == {"refused", "stopped", "whole"}
+
+
+def test_documents_leave_room_for_a_whole_answer(
+    model: MemorySparseModel, protocol: Protocol, encoder: Encoder
+) -> None:
+    bank = encoder.bank(passages(protocol, range(12)))
+    config = AskConfig(documents=6, max_steps=1, max_new_tokens=128, margin=8.0)
+    (free,) = Answerer(model, protocol, bank, config=config).ask(QUESTIONS[:1])
+    tight = Answerer(model, protocol, bank, config=config)
+    tight.positions = 400
+    (answer,) = tight.ask(QUESTIONS[:1])
+    assert free.tokens == answer.tokens == 128 and 0 < len(answer.documents) < len(free.documents) == 6
 
 
 def test_rows_that_are_no_tokens_are_never_written(
