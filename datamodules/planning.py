@@ -25,6 +25,7 @@ from msa_train.protocol import Protocol
 # question about a book in fifty parts would else fill a pack by itself.
 MOST_POSITIVES = 16  # the paper's top-k
 MOST_SHARE = 8  # an eighth of the document tokens for a query, in equal parts for its steps
+SAMPLED = 512  # queries, to tell how long contexts are
 CLOSE = 0.98  # a document of at least this share of the remaining room fits it
 
 
@@ -111,7 +112,7 @@ class Planner:
         self.key = np.array([config.seed, zlib.crc32(split.encode())], dtype=np.uint64)
         self.stage = stage
         shortest = int(data.length_D.min())
-        most = config.document_tokens // (shortest + protocol.wrapping(1)) + 1  # documents that a pack can hold
+        most = min(config.document_tokens // (shortest + protocol.wrapping(1)) + 1, data.documents)  # in a pack
         wrappings = [protocol.wrapping(number) for number in range(1, most + 2)]
         self.wrapped = np.cumsum([0, *wrappings])  # tokens around the first n documents
         self.by_length = data.by_length
@@ -279,20 +280,36 @@ class Planner:
         given = self.config.queries_per_pack
         if given >= 1:
             return min(int(given), sum(self.drawn))
-        rows = np.concatenate(self.rows)
-        sample = self._rng(1, 2**62).choice(rows, size=min(len(rows), 512), replace=False).tolist()
-        mean = np.mean([self._context_tokens(protocol, query) for query in sample])
-        return int(np.clip(given * self.config.document_tokens / mean, 1, sum(self.drawn)))
+        rng = self._rng(1, 2**62)
+        sample = [
+            query
+            for rows, number in zip(self.rows, self.drawn, strict=True)
+            for query in rng.choice(rows, size=round(SAMPLED * number / sum(self.drawn))).tolist()
+        ]
+        may_answer = sum(map(self._may_answer, sample))
+        share = min(self.config.answer_share * len(sample) / max(may_answer, 1), 1.0)  # of those that may
+        mean = np.mean([self._context_tokens(protocol, query, share) for query in sample])
+        return int(np.clip(round(given * self.config.document_tokens / mean), 1, sum(self.drawn)))
 
-    def _context_tokens(self, protocol: Protocol, query: int) -> float:
-        """Length of a query's context, on average over what may be drawn of it."""
-        data, share = self.data, self.config.answer_share
+    def _context_tokens(self, protocol: Protocol, query: int, share: float) -> float:
+        """Length of a query's context, on average over what may be drawn of it.
+
+        Args:
+            protocol: Writes it.
+            query: The query.
+            share: How often it is answered, if it may be.
+        """
+        data = self.data
         question = len(data.question(query))
         steps = [[int(data.length_D[row]) for row in step[:MOST_POSITIVES]] for step in data.steps(query)]
         answer = data.answer(query)
-        written = protocol.context_tokens(question, steps, 0 if answer is None else len(answer), share)
-        read = self.config.distractors / 2 * (float(data.length_D.mean()) + self.most_wrapping)
-        return written + (share * read if answer is not None and steps else 0.0)
+        if not steps or answer is None or not self._may_answer(query):  # an instruction's answer is all that it has
+            words = 0 if answer is None or steps else len(answer)
+            return protocol.context_tokens(question, steps, words, 0.0)
+        store = data.locate_query(query)[0]  # mined negatives are of the same corpus
+        length_D = data.length_D[data.first_document[store] : data.first_document[store + 1]]
+        read = self.config.distractors / 2 * (float(length_D.mean()) + self.most_wrapping)
+        return protocol.context_tokens(question, steps, len(answer), share) + share * read
 
     def _check_documents(self, wrapping: int) -> None:
         budget, longest = self.config.document_tokens, int(self.data.length_D.argmax())

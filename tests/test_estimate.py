@@ -30,7 +30,7 @@ from msa_train.backbone import open_config
 from msa_train.bench import Load
 from msa_train.config import MSAConfig
 from msa_train.errors import UserError
-from msa_train.estimate.advice import LONGEST, advice, fits, longest
+from msa_train.estimate.advice import LONGEST, advice, fits, longest, ways
 from msa_train.estimate.peak import Memory, moments, peak
 from msa_train.estimate.reading import card_of
 from msa_train.estimate.seconds import step_time
@@ -540,6 +540,19 @@ def test_whatever_is_advised_fits(gib: float, ranks: int, qwen3: MemorySparseMod
             assert fits(model, likely(int(found[1])), setup, card)
 
 
+@pytest.mark.parametrize("gib", [20, 40, 60])
+def test_nothing_is_advised_that_fit_refuses(gib: float, qwen3: MemorySparseModel) -> None:
+    """Documents part by part under ZeRO-3, and ZeRO where the backbone is frozen for a while."""
+    model, card = Model.of(qwen3), replace(CARDS["H100"], gib=gib)
+    zero = Setup(recompute="layers", strategy="zero", stage=3, ranks=8)
+    for setup, refused in ((zero, "documents"), (Setup("bf16-mixed", "layers", ranks=8, freezes=True), "zero")):
+        for tokens in (65_536, 262_144):
+            told = advice(model, likely, tokens, setup, card)
+            assert told or fits(model, likely(tokens), setup, card)
+            assert not any(refused in words for words in told), told
+    assert "documents" in ways(replace(zero, stage=2)) and "documents" not in ways(zero)
+
+
 def test_kept_layers_that_fit_are_offered(qwen3: MemorySparseModel) -> None:
     told = advice(Model.of(qwen3), likely, 65_536, BENCH, Card(80, 989, 67, 3.35, 450))
     assert any(re.fullmatch(r"model\.kept_layers [67] fits and saves [1-5]%", words) for words in told), told
@@ -596,6 +609,20 @@ def test_routers_alone_and_the_largest_stage_of_a_curriculum(
     code, said = estimate(capsys, *tiny_run(tmp_path, **flags))
     assert code == 0 and "4,096 document tokens" in said and "routers alone" in said and "32-true" in said
     assert not (tmp_path / "tiny").exists(), "nothing is written"
+
+
+def test_contexts_that_read_documents_are_counted(
+    tiny_run: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"data.corpus": "nowhere", "data.document_tokens": 8192, "data.max_document_tokens": 400,
+             "data.answer_share": 0.5, "data.queries_per_pack": 10}  # fmt: skip
+    tokens = []
+    for distractors in (0, 4):
+        _, said = estimate(capsys, *tiny_run(tmp_path, **flags, **{"data.distractors": distractors}))
+        found = re.search(r"([\d,]+) tokens of 10 contexts", said)
+        assert found is not None, said
+        tokens.append(int(found[1].replace(",", "")))
+    assert tokens[1] - tokens[0] == 10 * 0.5 * 2 * 200, "half of them read two more of 200 tokens, on average"
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def recomputing(setup: Setup, way: Recompute, kept_layers: int = 0) -> Setup:
     return replace(setup, recompute=way, kept_layers=kept_layers)
 
 
+def ways(setup: Setup) -> tuple[Recompute, ...]:
+    """How a run may recompute: under ZeRO-3 not by documents, whose parts differ between ranks in number."""
+    return tuple(way for way in WAYS if way != "documents" or (setup.strategy, setup.stage) != ("zero", 3))
+
+
 def advice(model: Model, packed: Callable[[int], Pack], tokens: int, setup: Setup, card: Card) -> list[str]:
     """What to change: of what fits the fastest, where the run does not; of what is faster the best, where it does.
 
@@ -80,7 +85,7 @@ def advice(model: Model, packed: Callable[[int], Pack], tokens: int, setup: Setu
     if not inside:
         for words, other in _heavier(setup):
             fitting = [way for way in (setup.recompute, "layers", "documents")
-                       if fits(model, pack, recomputing(other, way), card)]  # fmt: skip
+                       if way in ways(other) and fits(model, pack, recomputing(other, way), card)]  # fmt: skip
             if fitting:
                 way = "" if fitting[0] == setup.recompute else f" with model.recompute {fitting[0]}"
                 told.append(f"{words}{way} fits")
@@ -98,7 +103,7 @@ def advice(model: Model, packed: Callable[[int], Pack], tokens: int, setup: Setu
 
 def _others(model: Model, setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Other ways to recompute, by how they are asked for."""
-    for way in WAYS if setup.trains_backbone else ():
+    for way in ways(setup) if setup.trains_backbone else ():
         if way != setup.recompute:
             yield f"model.recompute {way}", recomputing(setup, way)
     if setup.trains_backbone:
@@ -110,6 +115,8 @@ def _others(model: Model, setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 def _heavier(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """What shares more out, least first."""
+    if setup.freezes:
+        return
     stage = setup.stage if setup.strategy == "zero" else 1
     for more in range(stage, 4):
         for host in (False, True):

@@ -62,7 +62,8 @@ def read(module: MemorySparseModule, config: Any, ranks: int) -> Read:
     net = module.blueprint.blank(vocabulary)
     phases, msa = module.timeline.phases, module.msa
     share, document = data.get("answer_share", 0.25), max(data.get("max_document_tokens", 1024) // 2, 1)
-    answered = round(share * (document + REPEATED + QUESTION + ANSWER))
+    read = document * (1 + data.get("distractors", 0) / 2)
+    answered = round(share * (read + REPEATED + QUESTION + ANSWER))
 
     def packed(tokens: int) -> Pack:
         return Pack.likely(
@@ -115,6 +116,7 @@ def _setup(module: MemorySparseModule, trainer: Any, ranks: int) -> Setup:
         kept_layers=module.blueprint.kept_layers,
         fused=module.blueprint.kernels.elementwise != "plain",
         trains_backbone=any(phase.trainable == "all" for phase in module.timeline.phases),
+        freezes=module.timeline.freezes_for_a_while,
         ranks=ranks,
         accumulated=int(trainer.accumulate_grad_batches),
         strategy=strategy,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from msa_train.estimate.advice import SPARE, WAYS, advice, fits, longest, recomputing, room
+from msa_train.estimate.advice import SPARE, advice, fits, longest, recomputing, room, ways
 from msa_train.estimate.peak import peak
 from msa_train.estimate.reading import Read
 from msa_train.estimate.seconds import step_time
@@ -81,10 +81,10 @@ def _rows(run: Read, name: str, card: Card) -> Iterator[tuple[str, str, str, str
     tokens = (pack.sizes.documents + pack.sizes.contexts) * packs / spent.total
     yield "time", "tokens", f"{tokens:,.0f} /s", "on all GPUs"
 
-    ways = WAYS if setup.trains_backbone else (setup.recompute,)
-    for way in ways:
+    possible = ways(setup) if setup.trains_backbone else (setup.recompute,)
+    for way in possible:
         tokens = longest(model, run.packed, recomputing(setup, way), card)
-        yield "longest", f"recompute {way}", f"{tokens:,}", "document tokens of a pack" if way == ways[0] else ""
+        yield "longest", f"recompute {way}", f"{tokens:,}", "document tokens of a pack" if way == possible[0] else ""
 
     for words in advice(model, run.packed, run.tokens, setup, card):
         yield "change", "", "", words

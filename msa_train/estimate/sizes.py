@@ -204,6 +204,7 @@ class Setup:
         kept_layers: Likewise.
         fused: Whether norms, activation, rotations and chunk means are fused (kernels `auto` on a GPU).
         trains_backbone: False where routers alone are trained.
+        freezes: Whether phases freeze the backbone for a while, which ZeRO cannot.
         steps: Whether an optimiser follows; without one a pass forward and backward is all there is.
         ranks: GPUs.
         accumulated: Packs of a step and GPU.
@@ -223,6 +224,7 @@ class Setup:
     kept_layers: int = 0
     fused: bool = True
     trains_backbone: bool = True
+    freezes: bool = False
     steps: bool = True
     ranks: int = 1
     accumulated: int = 1
