@@ -339,7 +339,7 @@ class Answerer:
         injected: list[int] = []
 
         def reading() -> Generator[_Begin, _State, _State]:
-            context = self._context(asked, steps, len(closing))
+            context = self._context(asked, steps, len(closing) + 1)  # and an answer's first token
             return (yield _Begin(bank, context, [document.number for document in retrieved]))
 
         state = yield from reading()
@@ -371,10 +371,10 @@ class Answerer:
         words: Any = self.protocol.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(question, restore(words).strip(), tuple(retrieved), tuple(notes), len(tokens))
 
-    def _context(self, asked: Sequence[int], steps: Sequence[Sequence[Source]], closing: int) -> Context:
-        """A question's context, behind which it is closed and answered with at least one token."""
+    def _context(self, asked: Sequence[int], steps: Sequence[Sequence[Source]], behind: int = 0) -> Context:
+        """A question's context, with so many positions left behind it."""
         context = self.protocol.asking(asked, steps)
-        needed = self._start + len(context.tokens) + closing + 1
+        needed = self._start + len(context.tokens) + behind
         if needed > self.positions:
             raise UserError(
                 f"the question needs {needed:,} positions, the model has {self.positions:,}: ask a shorter one"
