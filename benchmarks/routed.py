@@ -9,7 +9,6 @@ import torch
 
 from msa_train.decoding import begin
 from msa_train.memory import MemoryBank
-from msa_train.memory.segment import source_of
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol
 from msa_train.search import Found
@@ -41,7 +40,7 @@ def routed(
 def recall_of(best: Found, bank: MemoryBank, questions: Questions) -> dict[str, float]:
     """Share of the questions that have one of their documents first, and among the first eight."""
     hits = [
-        [source_of(bank.id(number)) in gold for number in row[:8] if number > 0]
+        [bank.source(number) in gold for number in row[:8] if number > 0]
         for row, (_, gold) in zip(best.number_QK.tolist(), questions, strict=True)
     ]
     return {"recall@1": statistics.mean(row[0] for row in hits), "recall@8": statistics.mean(any(row) for row in hits)}

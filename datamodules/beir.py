@@ -6,7 +6,8 @@
 
 `answers` and `steps` (the evidence chain of a multi-hop question) are optional. For a memory bank, which asks for
 documents alone, corpus.jsonl is enough. The invariant: what comes out is complete. Every id of the qrels and steps is
-known and every text is there; anything else is a `UserError` that names file and line.
+that of a document with a title or a text; anything else is a `UserError` that names file and line. A document with
+neither is left out and counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from datamodules.records import Document, Dropped, Query, file_state
 from msa_train.errors import UserError
 
 Relation = dict[str, dict[str, list[str]]]  # query -> split -> documents
+NO_TEXT = "document without text"
 
 
 class BeirReader:
@@ -36,6 +38,7 @@ class BeirReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name, self.dropped = folder, folder.resolve().name, Dropped()
+        self.empty: dict[str, str] = {}  # ids of documents without text, and their places
         self.qrels = sorted((folder / "qrels").glob("*.tsv"))
         self._file("corpus.jsonl")
 
@@ -44,12 +47,18 @@ class BeirReader:
         return hashlib.sha256("".join(map(file_state, self._files())).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        """Every document, its title in front."""
+        """Every document that has words, its title in front."""
+        self.empty.clear()
         for place, record in _records(self.folder / "corpus.jsonl"):
             title = record.get("title") or ""
             if not isinstance(title, str):
                 raise UserError(f"{place}: 'title' must be a string")
-            yield Document(record["_id"], f"{title} {record['text']}".strip())
+            text = f"{title} {record['text']}".strip()
+            if text:
+                yield Document(record["_id"], text)
+            else:
+                self.empty[record["_id"]] = place
+        self.dropped.counts.update({NO_TEXT: len(self.empty)} if self.empty else {})
 
     def queries(self) -> Iterator[Query]:
         """Every query that the qrels name."""
@@ -60,9 +69,12 @@ class BeirReader:
             if relevant is None:
                 self.dropped.add("queries without a relevant document")
                 continue
+            text = record["text"].strip()
+            if not text:
+                raise UserError(f"{place}: 'text' is empty; a query needs words")
             yield Query(
                 id=record["_id"],
-                text=record["text"].strip(),
+                text=text,
                 relevant={split: tuple(documents) for split, documents in relevant.items()},
                 steps=_steps(record.get("steps"), place),
                 answers=_answers(record.get("answers"), place),
@@ -104,6 +116,11 @@ class BeirReader:
         return relation
 
     def _complain(self, query: str, document: str | None) -> None:
+        if document in self.empty:
+            raise UserError(
+                f"{self.empty[document]}: document '{document}' has neither title nor text, and query '{query}' asks "
+                "for it; give it words, or take it out of qrels and steps"
+            )
         for file in self.qrels:
             for place, name, other, relevant in _qrels(file):
                 if relevant and name == query and document is None:
@@ -128,8 +145,10 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise UserError(f"{place}: expected an object with _id and text")
         for key in ("_id", "text"):
-            if not isinstance(record.get(key), str) or not record[key].strip():
-                raise UserError(f"{place}: '{key}' is missing, empty or not a string")
+            if not isinstance(record.get(key), str):
+                raise UserError(f"{place}: '{key}' is missing or not a string")
+        if not record["_id"].strip():
+            raise UserError(f"{place}: '_id' is empty; every record needs a name")
         digest = hashlib.blake2b(record["_id"].encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in seen:
             raise UserError(f"{place}: _id '{record['_id']}' occurs twice; every record needs a name of its own")
@@ -181,6 +200,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
     with handle:
         for number, raw in enumerate(handle, start=1):
             try:
-                yield f"{file}:{number}", raw.decode("utf-8")
+                # Windows' editors put a mark in front of a file
+                yield f"{file}:{number}", raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}:{number}: not UTF-8") from error

@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from datamodules.answers import holds_answer
+from datamodules.cache import writing
 from datamodules.records import CorpusReader, Query, encodable
 from datamodules.shards import Written, text_digest, tokenise_documents, tokenise_queries
 from datamodules.store import DOCUMENTS, FORMAT, MANIFEST, Store, open_table
@@ -52,20 +53,15 @@ def build_store(
         workers: Processes that tokenise; 0 for this one.
 
     Raises:
-        UserError: A record is malformed, or nothing is left to store.
+        UserError: A record is malformed, nothing is left to store, or the store cannot be written.
     """
     key = hashlib.sha256(
         repr((FORMAT, reader.fingerprint(), protocol.fingerprint(), max_document_tokens)).encode()
     ).hexdigest()[:16]
     folder = root / f"{reader.name}-{key}"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # ranks and runs that want the same store wait for the one that builds it
-        if not (folder / MANIFEST).is_file():
-            unfinished = root / f"{folder.name}.building"
-            unfinished.mkdir(exist_ok=True)
-            with _pool(protocol, workers) as pool, _progress(reader.name) as progress:
-                _Build(reader, protocol, unfinished, max_document_tokens, pool, 2 * workers, progress).run()
-            unfinished.rename(folder)
+    if not (folder / MANIFEST).is_file():
+        with writing(root):
+            _build_once(reader, protocol, folder, max_document_tokens, workers)
     store = Store(folder)
     check_tokenizer(store, protocol)
     return store
@@ -82,6 +78,18 @@ def check_tokenizer(store: Store, protocol: Protocol) -> None:
             f"{store.folder}: made with another tokenizer; give the corpus itself instead of its store, "
             "or the tokenizer that it was packed with"
         )
+
+
+def _build_once(reader: CorpusReader, protocol: Protocol, folder: Path, limit: int, workers: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # ranks and runs that want the same store wait for the one that builds it
+        if (folder / MANIFEST).is_file():
+            return
+        unfinished = folder.with_name(f"{folder.name}.building")
+        unfinished.mkdir(exist_ok=True)
+        with _pool(protocol, workers) as pool, _progress(reader.name) as progress:
+            _Build(reader, protocol, unfinished, limit, pool, 2 * workers, progress).run()
+        unfinished.rename(folder)
 
 
 class _Build:

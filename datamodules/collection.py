@@ -7,6 +7,7 @@ are drawn as distractors `weight` times as often.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -28,11 +29,17 @@ class Collection:
         weights: One per store, positive.
 
     Raises:
-        UserError: There is no document at all.
+        UserError: There is no document at all, or two stores have one name.
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
         self.stores, self.weights = tuple(stores), tuple(weights)
+        for name, times in Counter(store.name for store in stores).items():
+            if times > 1:
+                raise UserError(
+                    f"data.corpus: {times} corpora are named '{name}', by which their documents are told apart: rename "
+                    "the folder or file of one, and if it is a store, pack it anew"
+                )
         self.first_document = np.cumsum([0, *(len(store.tokens) for store in stores)])
         self.first_query = np.cumsum([0, *(len(store.questions) for store in stores)])
         self._document_starts, self._query_starts = self.first_document.tolist(), self.first_query.tolist()

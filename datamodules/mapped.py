@@ -159,20 +159,19 @@ class MappedReader:
         if not text:
             return _NO_QUESTION
         id = (key_at(row, mapping.id) if mapping.id else None) or f"{split}-{row.number}"
-        split = self._drawn(split, row, id)
         answers = tuple(dict.fromkeys(a for column in mapping.answers for a in texts_at(row, column) if a))
         if mapping.instruction:
             if not answers:
                 return _NO_RESPONSE
-            return Query(id, text, {split: ()}, answers=answers, instruction=True)
+            return Query(id, text, {self._drawn(split, row, id): ()}, answers=answers, instruction=True)
         documents = _documents(row, mapping.documents) if mapping.documents else []
         steps = _pointed(row, mapping.steps, documents) if mapping.steps else []
         if not all(steps):
             return _BROKEN_CHAIN
-        if isinstance(mapping.relevant, Qrels):
-            by_split = relation.get(id, {})
-        else:
-            by_split = {split: self._relevant(row, documents)}
+        qrels = isinstance(mapping.relevant, Qrels)
+        by_split: dict[str, list[str]] = {}
+        for name, found in (relation.get(id, {}) if qrels else {split: self._relevant(row, documents)}).items():
+            by_split.setdefault(self._drawn(name, row, id), []).extend(found)
         evidence = [document for step in steps for document in step]
         relevant = {name: tuple(dict.fromkeys([*found, *evidence])) for name, found in by_split.items()}
         if not any(relevant.values()):

@@ -210,7 +210,8 @@ def _contradictions(mapping: ColumnMapping) -> list[str]:
         "qrels relate queries to a corpus; add corpus": qrels and not apart,
         "qrels name queries by id; add id, the column that holds it": qrels and not mapping.id,
         "hold_out draws from files or splits named train; name one so": (
-            mapping.hold_out is not None and "train" not in mapping.source.splits
+            mapping.hold_out is not None
+            and "train" not in (relevant.source if isinstance(relevant, Qrels) else mapping.source).splits
         ),
         "json names whole columns, so none with a dot": any("." in column for column in mapping.json),
     }

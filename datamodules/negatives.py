@@ -18,11 +18,13 @@ from rich.markup import escape
 from rich.progress import track
 
 from datamodules.answers import holds_answer
+from datamodules.cache import writing
 from datamodules.collection import Collection
 from datamodules.lexical import LexicalIndex
-from datamodules.shards import read_rows, write_rows
-from datamodules.store import Ragged, Store
+from datamodules.shards import write_rows
+from datamodules.store import Ragged, Store, read_rows
 from msa_train.errors import UserError
+from msa_train.printable import printable
 
 MARGIN = 0.95
 KEPT = 16  # per query: what packs draw from
@@ -36,14 +38,14 @@ class Mined:
     Args:
         data: The collection; every store has its own file.
         files: One per store, as `save` wrote it.
+
+    Raises:
+        UserError: A file is damaged, or of another store.
     """
 
     def __init__(self, data: Collection, files: Sequence[Path]) -> None:
         self.data, self.files = data, tuple(files)
-        self.parts = [Ragged(_read(file).column("documents")) for file in files]
-        for part, store, file in zip(self.parts, data.stores, files, strict=True):
-            if len(part) != len(store.questions):
-                raise UserError(f"{file}: of {len(part)} queries, the corpus has {len(store.questions)}; mine again")
+        self.parts = [_read(file, store) for file, store in zip(files, data.stores, strict=True)]
 
     def __reduce__(self) -> tuple[object, ...]:
         return Mined, (self.data, self.files)
@@ -85,12 +87,17 @@ def keep_negatives(
 
 
 def mine_bm25(store: Store) -> Path:
-    """Negatives by BM25 for every query of a store, mined once and kept beside it.
+    """Negatives by BM25 for every query of a store, mined once and kept in it.
 
     The store's texts and their index are in memory while it works.
+
+    Raises:
+        UserError: They are not there, and nothing can be written there.
     """
     file = store.folder / "negatives-bm25.arrow"
-    with FileLock(f"{store.folder}.lock"):  # ranks wait for the one that mines
+    if file.is_file():  # of a store that is carried, perhaps to where nothing can be written
+        return file
+    with writing(store.folder), FileLock(f"{store.folder}.lock"):  # ranks wait for the one that mines
         if not file.is_file():
             save(file, _bm25_negatives(store))
     return file
@@ -102,7 +109,7 @@ def _bm25_negatives(store: Store) -> list[list[int]]:
     negatives: list[list[int]] = []
     for row in track(
         range(len(store.questions)),
-        escape(f"Mining negatives of {store.name} by BM25"),
+        escape(printable(f"Mining negatives of {store.name} by BM25")),
         transient=True,
         disable=not get_console().is_terminal,
     ):
@@ -128,8 +135,8 @@ def _bm25_negatives(store: Store) -> list[list[int]]:
 
 
 def mined_file(folder: Path, store: Store) -> Path:
-    """Where a folder of mined negatives keeps those of a store, named by what the store holds."""
-    return folder / f"{store.name}-{store.manifest['content'][:16]}.arrow"
+    """Where a folder of mined negatives keeps those of a store, whose rows they are and no other's."""
+    return folder / f"{store.name}-{store.identity}.arrow"
 
 
 def save(file: Path, negatives: list[list[int]]) -> None:
@@ -137,8 +144,12 @@ def save(file: Path, negatives: list[list[int]]) -> None:
     write_rows(file, [{"documents": rows} for rows in negatives], SCHEMA)
 
 
-def _read(file: Path) -> pa.Table:
+def _read(file: Path, store: Store) -> Ragged:
     try:
-        return read_rows(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file}: not a file of mined negatives ({error})") from error
+        found = Ragged(read_rows(file).column("documents"))
+        rows = found.flat()
+    except (OSError, KeyError, AttributeError, pa.ArrowInvalid) as error:
+        raise UserError(f"{file}: not a file of mined negatives ({error}); move it away and mine again") from error
+    if len(found) != len(store.questions) or (len(rows) and not 0 <= rows.min() <= rows.max() < len(store.tokens)):
+        raise UserError(f"{file}: negatives of other queries or documents; move it away and mine again")
+    return found

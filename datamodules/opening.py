@@ -10,7 +10,7 @@ from datamodules.mapped import MappedReader
 from datamodules.published import PublishedReader
 from datamodules.python_docs import build_python_docs
 from datamodules.records import CorpusReader
-from datamodules.store import MANIFEST, Store
+from datamodules.store import Store, is_store
 from msa_train.errors import UserError
 from msa_train.protocol import Protocol
 
@@ -42,7 +42,7 @@ def open_corpus(name: str) -> CorpusReader:
 
 def open_store(name: str, protocol: Protocol, root: Path, max_document_tokens: int, workers: int = 0) -> Store:
     """The store of a corpus: `name` itself where it is one, else built under `root` unless it is there."""
-    if (Path(name) / MANIFEST).is_file():
+    if is_store(Path(name)):
         store = Store(Path(name))
         check_tokenizer(store, protocol)
         return store

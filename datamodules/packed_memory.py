@@ -18,6 +18,7 @@ from rich import get_console
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.cache import cache_root
 from datamodules.collection import Collection
 from datamodules.examination import PackSample, examine_corpora, examine_packs, examine_splits
 from datamodules.mining import mine_router
@@ -25,9 +26,8 @@ from datamodules.negatives import Mined, mine_bm25, mined_file
 from datamodules.opening import PYTHON_DOCS, open_corpus, open_store
 from datamodules.packing import PackDataset, Packer
 from datamodules.planning import PackingConfig, Plan, Planner
-from datamodules.python_docs import cache_root
 from datamodules.records import encodable
-from datamodules.store import MANIFEST
+from datamodules.store import is_store
 from datamodules.summary import print_store
 from datamodules.tokenizer import open_tokenizer, train_tokenizer
 from msa_train.errors import UserError
@@ -202,9 +202,14 @@ class PackedMemory(PackSource):
         data = self.open()
         for store in data.stores:
             print_store(store)
-        known = {split for store in data.stores for split in store.splits}
+        known = sorted({split for store in data.stores for split in store.splits})
         for split in (self.train_split, *self.val_splits):
-            if split in known:
+            if split not in known:
+                get_console().print(
+                    f"{split:<12}no such split; the corpus has {', '.join(known)}: name one in data.train_split and "
+                    "data.val_splits", soft_wrap=True, highlight=False, markup=False,
+                )  # fmt: skip
+            else:
                 packer = self._packer(data, split, whole=split != self.train_split)
                 sample = PackSample.of(packer)
                 get_console().print(
@@ -326,7 +331,7 @@ class PackedMemory(PackSource):
 
     def _sample(self) -> list[str]:
         """Texts to train a tokenizer on."""
-        stores = [name for name in self.corpora if (Path(name) / MANIFEST).is_file()]
+        stores = [name for name in self.corpora if is_store(Path(name))]
         if stores:
             raise UserError(f"data.tokenizer: give the tokenizer that the store '{stores[0]}' was packed with")
         texts: list[str] = []
@@ -347,7 +352,10 @@ class PackedMemory(PackSource):
         files = [mined_file(Path(name), store) for store in data.stores]
         missing = next((file for file in files if not file.is_file()), None)
         if missing is not None:
-            raise UserError(f"data.negatives: {missing} is missing; msa-train mine writes it, from this very corpus")
+            raise UserError(
+                f"data.negatives: {missing} is missing; msa-train mine writes it, of the very corpus, "
+                "data.max_document_tokens and data.tokenizer that it is to be used with"
+            )
         return Mined(data, files)
 
     def _trainer(self) -> L.Trainer:

@@ -7,12 +7,13 @@ those that it learned from. The invariant: a document's id stands for one text, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.opening import open_corpus
 from datamodules.records import CorpusReader, encodable
 from datamodules.shards import split_documents, text_digest
-from datamodules.store import MANIFEST, Store
+from datamodules.store import Store, is_store
 from msa_train.errors import UserError
 from msa_train.memory import Passage
 from msa_train.protocol import Protocol
@@ -30,7 +31,7 @@ def open_passages(name: str, protocol: Protocol, max_document_tokens: int) -> It
     Raises:
         UserError: There is no such corpus, or it is malformed or empty.
     """
-    if (Path(name) / MANIFEST).is_file():
+    if is_store(Path(name)):
         return _stored(Store(Path(name)), protocol, max_document_tokens)
     return read_passages(open_corpus(name), protocol, max_document_tokens)
 
@@ -72,9 +73,13 @@ def _documents(reader: CorpusReader) -> Iterator[tuple[str, str]]:
 def _stored(store: Store, protocol: Protocol, limit: int) -> Iterator[Passage]:
     if not len(store.tokens):
         raise UserError(f"{store.folder}: no document; a memory needs at least one")
-    documents = ((store.document(row, "id"), store.document(row, "text")) for row in range(len(store.tokens)))
+    rows = range(len(store.tokens))
     same = store.manifest["tokenizer"] == protocol.fingerprint()
     if same and store.manifest["max_document_tokens"] <= limit:
-        yield from (Passage(name, text, store.tokens[row]) for row, (name, text) in enumerate(documents))
+        for row in rows:
+            name, text, source = (store.document(row, column) for column in ("id", "text", "source"))
+            yield Passage(name, text, store.tokens[row], source)
     else:
-        yield from _split(documents, protocol, limit)
+        sources = {store.document(row, "id"): store.document(row, "source") for row in rows}
+        documents = ((store.document(row, "id"), store.document(row, "text")) for row in rows)
+        yield from (replace(one, source=sources[one.source]) for one in _split(documents, protocol, limit))

@@ -55,10 +55,7 @@ class PublishedReader:
         """Of both files: see `file_state`."""
         digest = hashlib.sha256()
         for file in filter(None, (self.file, self.memory)):
-            try:
-                digest.update(file_state(file).encode())
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+            digest.update(file_state(file).encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:

@@ -27,6 +27,8 @@ from pathlib import Path
 
 from rich.progress import track
 
+from datamodules.cache import cache_root, writing
+
 VERSION = 1  # part of the cache's name: raise it when the text of a document changes
 PACKAGES = (
     "torch", "transformers", "lightning", "numpy", "datasets", "torchmetrics", "matplotlib", "pandas",
@@ -53,12 +55,6 @@ class Entry:
         return self.name.partition(".")[0]
 
 
-def cache_root() -> Path:
-    """Where derived data is kept: $MSA_TRAIN_CACHE, or msa_train in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MSA_TRAIN_CACHE") or Path(base) / "msa_train")
-
-
 def fingerprint() -> str:
     """Names the installation: what is in the folder depends on nothing else."""
     versions = [f"{name}={_version(name)}" for name in PACKAGES]
@@ -66,21 +62,26 @@ def fingerprint() -> str:
 
 
 def build_python_docs() -> Path:
-    """Writes the folder once per installation and returns it. About 30 s on one core the first time."""
+    """Writes the folder once per installation and returns it. About 30 s on one core the first time.
+
+    Raises:
+        UserError: The cache cannot be written.
+    """
     folder = cache_root() / f"python-docs-{fingerprint()}"
     if folder.is_dir():
         return folder
     entries = list(_unique(_entries()))
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "qrels").mkdir(parents=True)
-    _write(entries, unfinished)
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another process was faster, and what it wrote is the same
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(unfinished)
+    with writing(folder):
+        (unfinished / "qrels").mkdir(parents=True)
+        _write(entries, unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster, and what it wrote is the same
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(unfinished)
     return folder
 
 

@@ -91,13 +91,15 @@ def load_yaml(path: Path) -> Any:
     """What a YAML file holds; only plain values, nothing is constructed.
 
     Raises:
-        UserError: It cannot be read or is no YAML.
+        UserError: It cannot be read, is no YAML or says a key twice.
     """
     # Here, because reading BEIR needs no YAML.
     import yaml
 
+    from msa_train.trust import Loader
+
     try:
-        return yaml.safe_load(path.read_bytes())
+        return yaml.load(path.read_bytes(), Loader)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a mapping like configs/corpora/*.yaml"

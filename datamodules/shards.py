@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datamodules.splitting import split_text
-from datamodules.store import DOCUMENTS, QUERIES, Ragged
+from datamodules.store import DOCUMENTS, QUERIES, Ragged, input_of, read_rows
 from msa_train.protocol import Protocol, neutralise
 
 BATCH = 512  # rows per Arrow record batch
@@ -176,16 +176,10 @@ def text_digest(text: str) -> bytes:
 
 
 def _holds(file: Path, key: str) -> bool:
-    if not file.is_file():
+    try:
+        return input_of(read_rows(file)) == key
+    except (OSError, pa.ArrowInvalid):  # not there, or damaged by what broke the build off: it is written anew
         return False
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-        return (reader.schema.metadata or {}).get(b"input") == key.encode()
-
-
-def read_rows(file: Path) -> pa.Table:
-    """The rows of an Arrow file, memory-mapped."""
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-        return reader.read_all()
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]], schema: pa.Schema, key: str = "") -> None:

@@ -11,6 +11,7 @@ The invariant: a part of a document is the slice of its source's text that begin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -29,6 +30,7 @@ from msa_train.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+AGAIN = "move it away, and have msa-train pack build it again from its corpus"
 Ids = NDArray[np.int32]
 
 DOCUMENTS = pa.schema(
@@ -131,12 +133,26 @@ class Store:
         return self._documents.column("text")
 
     @cached_property
+    def identity(self) -> str:
+        """Tells the rows of its tables from those of other documents, queries, limits and tokenizers; the same on any
+        machine."""
+        made_of = [input_of(read_rows(file)) for file in sorted(self.folder.glob("queries-*.arrow"))]
+        manifest = self.manifest
+        key = (manifest["content"], manifest["max_document_tokens"], manifest["tokenizer"], made_of)
+        return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    @cached_property
     def splits(self) -> dict[str, NDArray[np.int64]]:
         """Rows of the queries of every split."""
         column = self._queries.column("splits").combine_chunks()
         row = np.repeat(np.arange(len(column)), np.diff(column.offsets.to_numpy()))
         name = column.flatten().to_numpy(zero_copy_only=False)
         return {split: row[name == split] for split in sorted(set(name))}
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store; a BEIR folder may have a manifest.json of its own."""
+    return (folder / MANIFEST).is_file() and not (folder / "corpus.jsonl").is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -150,13 +166,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: no complete store (msa-train pack builds one): {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: a store of another format; delete it and build it again with msa-train pack")
+        raise UserError(f"{folder}: a store of another format; {AGAIN}")
     for name, sound in SOUND.items():
         if not sound(manifest.get(name)):
-            raise UserError(
-                f"{folder / MANIFEST}: damaged: '{name}' is missing, or not what it should be; delete it and run "
-                "msa-train pack"
-            )
+            raise UserError(f"{folder / MANIFEST}: damaged: '{name}' is missing, or not what it should be; {AGAIN}")
     return manifest
 
 
@@ -191,5 +204,16 @@ def open_table(folder: Path, name: str, schema: pa.Schema) -> pa.Table:
         parts = [datasets.Dataset.from_file(str(file)).data.table for file in files]
         table = pa.concat_tables(parts).select(schema.names)
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise UserError(f"{folder}: the store is damaged ({error}); delete it and run msa-train pack") from error
+        raise UserError(f"{folder}: the store is damaged ({error}); {AGAIN}") from error
     return table
+
+
+def read_rows(file: Path) -> pa.Table:
+    """The rows of an Arrow file, memory-mapped."""
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def input_of(rows: pa.Table) -> str:
+    """Digest of the records that a file's rows were made of."""
+    return (rows.schema.metadata or {}).get(b"input", b"").decode()

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from datamodules.cache import writing
 from msa_train.errors import UserError
 from msa_train.protocol import CONTROL, END, add_control_tokens
 
@@ -34,7 +35,11 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `texts`, trained once and kept under `cache`. Digits stand alone: `[12]` is 4 tokens."""
+    """A byte-level BPE of `texts`, trained once and kept under `cache`. Digits stand alone: `[12]` is 4 tokens.
+
+    Raises:
+        UserError: The cache cannot be written.
+    """
     digest = hashlib.sha256(repr((vocab_size, len(texts))).encode())
     for text in texts:
         digest.update(text.encode())
@@ -62,10 +67,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> PreTr
             tokenizer_object=bpe, eos_token=END, pad_token=PADDING, additional_special_tokens=list(CONTROL)
         )
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        fast.save_pretrained(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster, with the same result
-            if not folder.is_dir():
-                raise
+        with writing(folder):
+            unfinished.mkdir(parents=True, exist_ok=True)  # what is saved raises no OSError of its own
+            fast.save_pretrained(unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process was faster, with the same result
+                if not folder.is_dir():
+                    raise
     return open_tokenizer(str(folder))

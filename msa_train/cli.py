@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -37,7 +38,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from msa_train import __version__
 from msa_train.checkpoints import check_resumable, find_checkpoint
-from msa_train.commands import COMMANDS, add_arguments, printable, run_command
+from msa_train.commands import COMMANDS, add_arguments, run_command
 from msa_train.environment import record
 from msa_train.errors import UserError
 from msa_train.evaluation import Task
@@ -46,10 +47,11 @@ from msa_train.guard import Guard
 from msa_train.jobs import Trainer
 from msa_train.loggers import ContinuedCSVLogger
 from msa_train.module import MemorySparseModule, packs_per_step
+from msa_train.printable import printable
 from msa_train.runs import BACKBONE, TOKENIZER, save_recall
 from msa_train.saving import Checkpoints
 from msa_train.strategies import FolderIO, ZeRO, check_arguments, zero_arguments
-from msa_train.trust import check_config, check_file, check_name, restrict_imports
+from msa_train.trust import Loader, check_config, check_file, check_name, restrict_imports
 
 # the jobs around training, and the arguments of theirs that are no options
 JOBS = {
@@ -77,6 +79,7 @@ NOISE = (
     "Subtypes:", "Errors:", "Given value", "Does not validate", "Expected a path", "Expected a <class 'NoneType'>",
     "Subclass types expect", "a class path", "a dict w", "Not a valid subclass",
 )  # fmt: skip
+SHAPES = {"tuple": "a list, like [a, b]", "list": "a list, like [a, b]", "dict": "a value for each name, like {a: 1}"}
 
 
 class ConfigFile(ActionConfigFile):
@@ -115,6 +118,9 @@ class Parser(LightningArgumentParser):
             return f"'{unknown[1]}' is unknown, and {JUDGES_KEY}"
         if re.search(r'key "([\w.]+\.)?judge"', text):
             return f"judge: give its model and base_url; {JUDGES_KEY}"
+        wanted = re.search(r"Expected a <class '(tuple|list|dict)'>", text)
+        if wanted and SHAPES[wanted[1]] not in text:  # a nested parser has said it
+            text += f"; give {SHAPES[wanted[1]]}"
         if unknown and "did you mean" not in text:
             command = re.search(r"Subcommand '(\w+)'", text)
             parser = self._subcommands_action.choices[command[1]] if command and self._subcommands_action else self
@@ -192,12 +198,16 @@ class MemoryCLI(LightningCLI):
             words = argparse.SUPPRESS if subcommand == "pack" else "As in `fit`: `last`, or a checkpoint's path."
             parser.add_argument("--ckpt_path", type=str | None, default=None, help=words)
             parser.add_argument("--weights_only", type=bool | None, default=None, help=argparse.SUPPRESS)
+        if subcommand in ("fit", "doctor", "pack"):
+            parser.epilog = f"What data takes, its class says: msa-train {subcommand} --data.help {PACKED_MEMORY}"
+        hidden = ["optimizer", "lr_scheduler"]  # phases say both; options they remain for configs that runs have kept
         if subcommand == "pack":  # of a whole run's config the data alone is looked at, and it alone is needed
             nothing = [{"name": "none", "steps": 1}]
             parser.set_defaults({"data": PACKED_MEMORY, "model.backbone": "none", "model.phases": nothing})
-            for action in parser._actions:
-                if action.dest.partition(".")[0] in ("trainer", "model", "checkpoint", "seed_everything"):
-                    action.help = argparse.SUPPRESS
+            hidden += ["trainer", "model", "checkpoint", "seed_everything"]
+        for action in parser._actions:
+            if action.dest.partition(".")[0] in hidden:
+                action.help = argparse.SUPPRESS
         return parser
 
     def instantiate_classes(self) -> None:
@@ -418,7 +428,6 @@ def build(args: Sequence[str] | None = None, run: bool = True) -> MemoryCLI | No
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
-    sys.path.insert(0, os.getcwd())  # configs may name classes of the folder that one works in
     _quieten()
     if sys.argv[1:2] == ["--debug"]:
         sys.argv.pop(1)
@@ -467,6 +476,8 @@ def _constructing() -> Iterator[None]:
 
 
 def _check_vacant(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink():  # of a link, not even --overwrite would know what it may delete
+        raise UserError(f"{folder} is a link: give another --name, or the folder that it leads to as --runs and --name")
     standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not standing.is_dir():
         raise UserError(f"{folder} cannot be made: {standing} is a file; give another --runs or --name")
@@ -479,8 +490,19 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
             f"{folder} holds a run already: --ckpt_path last goes on with it, --name gives another folder, "
             "--overwrite true deletes it"
         )
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run of msa-train (no config.yaml), so --overwrite leaves it alone")
+    if not _is_run(folder):
+        raise UserError(
+            f"{folder} is no run of msa-train (no config.yaml with model and data), so --overwrite leaves it alone: "
+            "give another --name"
+        )
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        values = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader)
+    except Exception:  # PyYAML raises far more than its own errors
+        return False
+    return isinstance(values, dict) and {"model", "data"} <= values.keys()
 
 
 def _tell(text: str) -> None:

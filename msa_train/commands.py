@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import pkgutil
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -32,7 +31,7 @@ from msa_train.generation import Answer, Answerer, AskConfig, Retrieved, Written
 from msa_train.kernels.maxsim import Precision
 from msa_train.memory import BankFolder, Encoder, MemoryBank, Passage, Size, Tiers
 from msa_train.memory.room import check_room, gib
-from msa_train.memory.segment import source_of
+from msa_train.printable import printable
 from msa_train.runs import Run, open_run
 from msa_train.saving import Mode, best_steps, read_scores, superfluous
 from msa_train.search import LOW
@@ -80,10 +79,10 @@ def encode(
     _print_size(encoder, size)
     if estimate:
         return
-    check_room(Path(out), size.bytes)
+    check_room(Path(out), size.bytes - folder.written(encoder.shape))
     with _bar("Encoding", size.tokens) as advance:
         encoder.advance = advance
-        folder.encode(encoder, _passages(corpus, run), run=str(run.folder.resolve()), corpus=corpus)
+        folder.encode(encoder, _passages(corpus, run), run=str(Path(model).resolve()), corpus=corpus)
     _say(f"bank        {out}")
 
 
@@ -141,10 +140,10 @@ def bank(
     Args:
         bank: Folder of the bank.
         add: Corpus to encode into it. A document whose name is there already takes the other's place if its words
-            differ, and is left alone if they do not.
+            differ, and is left alone if they do not. Adding that is broken off goes on when it is given again.
         remove: Names of documents to take out; all parts of one that was split.
         verify: Read all files and compare their checksums.
-        model: The run that encoded the bank, if it is no longer where it was.
+        model: The run or checkpoint that encoded the bank, if it is no longer where it was.
         device: Where to encode.
         backbone: Where the backbone is, if the model is routers alone and it is not where they say.
     """
@@ -329,27 +328,32 @@ def _add(folder: BankFolder, corpus: str, model: str | None, device: Device, bac
     with _counting("Comparing") as count:
         for passage in count(_passages(corpus, run)):
             seen.add(passage.id)
-            sources.add(passage.source or passage.id)
-            if not opened.has(passage.id):
+            source = passage.source or passage.id
+            sources.add(source)
+            number = opened.number(passage.id) if opened.has(passage.id) else None
+            if number is None:
                 new.append(passage)
-            elif opened.text(opened.number(passage.id)) != passage.text:
+            elif (other := opened.source(number)) != source:
+                raise UserError(
+                    f"document '{passage.id}' is of '{other}' in the bank and of '{source}' in '{corpus}': "
+                    "give one of them another name"
+                )
+            elif opened.text(number) != passage.text:
                 changed.append(passage)
             else:
                 alike += 1
-    stale = [name for name in opened.names() if name not in seen and source_of(name) in sources]
+    # parts of documents that have fewer of them now
+    stale = [name for name in opened.names() if name not in seen and opened.source(opened.number(name)) in sources]
     check_room(folder.path, encoder.size([*new, *changed]).bytes)
     with _bar("Encoding", sum(len(passage.tokens) for passage in (*new, *changed))) as advance:
         encoder.advance = advance
-        encoder.add(opened, new)
-        encoder.replace(opened, changed)
-    opened.remove(stale)  # parts of documents that have fewer of them now
-    folder.save(opened)
+        folder.change(encoder, new, changed, stale)
     _say(f"{len(new):,} added, {len(changed):,} replaced, {len(stale):,} removed, {alike:,} as they were")
 
 
 def _parts(bank: MemoryBank, name: str) -> list[str]:
     """A document's name, or those of its parts where it was split."""
-    parts = [] if bank.has(name) else [other for other in bank.names() if source_of(other) == name]
+    parts = [] if bank.has(name) else [bank.id(number) for number in bank.numbers() if bank.source(number) == name]
     return parts or [name]
 
 
@@ -370,21 +374,6 @@ def _line(document: Retrieved) -> str:
     words = " ".join(document.text.split())
     shown = words if len(words) <= 60 else f"{words[:57]}..."
     return printable(f"[{document.number}] {document.id}  {document.score:.3f}  step {document.step}  {shown}")
-
-
-def printable(text: str) -> str:
-    r"""Text whose control characters are shown, not obeyed: a document may hold a terminal's commands.
-
-    >>> printable("a\x1b[2Jb\n")
-    'a\ufffd[2Jb\n'
-    """
-    return "".join("\ufffd" if _commands(letter) else letter for letter in text)
-
-
-def _commands(letter: str) -> bool:
-    """Whether a terminal would obey it: control characters, and those that turn the direction of what follows."""
-    turns = "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
-    return turns or (unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t")
 
 
 def _questions() -> Iterator[str]:

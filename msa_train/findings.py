@@ -1,4 +1,7 @@
-"""Findings: what an examination before training says, one line each, with the mend of what is wrong."""
+"""Findings: what an examination before training says, one line each, with the mend of what is wrong.
+
+They may repeat words of a corpus: control characters in them are shown, not obeyed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msa_train.errors import UserError
+from msa_train.printable import printable
 
 Level = Literal["ok", "warning", "error"]
 MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "error": "[bold red]WRONG[/bold red]"}
@@ -55,8 +59,9 @@ def print_findings(findings: Sequence[Finding], console: Console) -> bool:
         if topic and finding.topic != topic:
             table.add_section()
             table.add_row()
-        text = escape(finding.value) + (f"\n[italic]-> {escape(finding.mend)}[/italic]" if finding.mend else "")
-        table.add_row(finding.topic if finding.topic != topic else "", MARKS[finding.level], escape(finding.what), text)
+        what, value, mend = (escape(printable(words)) for words in (finding.what, finding.value, finding.mend))
+        text = value + (f"\n[italic]-> {mend}[/italic]" if mend else "")
+        table.add_row(finding.topic if finding.topic != topic else "", MARKS[finding.level], what, text)
         topic = finding.topic
     console.print(table)
     wrong = sum(finding.level == "error" for finding in findings)

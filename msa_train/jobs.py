@@ -33,7 +33,7 @@ class Trainer(L.Trainer):
         Args:
             datamodule: The run's data.
         """
-        datamodule.pack()
+        _packs(datamodule).pack()
 
     @staticmethod
     def doctor(
@@ -47,7 +47,7 @@ class Trainer(L.Trainer):
 
         Takes the arguments of `fit`. Tokenises the corpora if that has not been done.
         """
-        if not print_findings(examine(model, datamodule, config, start, callbacks), get_console()):
+        if not print_findings(examine(model, _packs(datamodule), config, start, callbacks), get_console()):
             sys.exit(1)
 
     @staticmethod
@@ -85,6 +85,15 @@ class Trainer(L.Trainer):
             raise UserError(f"--pool_tokens is {pool_tokens}: give at least 1")
         if not out or (Path(out).exists() and not Path(out).is_dir()):
             raise UserError(f"--out '{out}' is no folder: give one, or a name that is free")
-        net = model.blueprint.restored(checkpoint, len(datamodule.tokenizer)).eval()
+        net = model.blueprint.restored(checkpoint, len(_packs(datamodule).tokenizer)).eval()
         datamodule.mine(net.to("cuda" if torch.cuda.is_available() else "cpu"), Path(out), pool_tokens)
         get_console().print(f"negatives   {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _packs(datamodule: L.LightningDataModule) -> PackSource:
+    if not isinstance(datamodule, PackSource):
+        raise UserError(
+            f"data: {type(datamodule).__name__} is no msa_train.source.PackSource, which this command asks for packs: "
+            "give another --data, like datamodules.PackedMemory"
+        )
+    return datamodule

@@ -43,6 +43,7 @@ REPEAT = "The user's question is: "
 ANSWER = "The answer to the question is: "
 ASSISTANT = "assistant\n"
 JOINER = "\u2060"  # WORD JOINER: no width, no break, left alone by NFC and NFKC
+REMEMBERED = 1 << 17  # numbers of documents as tokens: more than a pack has, and 25 MB
 RoutingWords = Literal["question", "prompt"]
 
 # a joiner that is there already gets one more, so that undoing takes away exactly what was added
@@ -149,6 +150,8 @@ class Protocol:
 
     def _remembered(self, words: str) -> tuple[int, ...]:
         if words not in self._numbers:
+            if len(self._numbers) == REMEMBERED:  # a bank may have any number of documents
+                self._numbers.clear()
             self._numbers[words] = tuple(self._ids([words])[0])
         return self._numbers[words]
 

@@ -4,32 +4,40 @@ A config is code that its user runs: to look at a class that it names, its modul
 What is promised is less, and holds for every config: nothing is made but classes below the bases that configs are for;
 a function is never called; what runs commands, opens files or unpickles is not even imported (jsonargparse's list of
 such modules); a run's folder lies below the folder of all runs; and every number is one that arithmetic can take.
+The folder that one works in may be a stranger's corpus: nothing is imported from it that no config or option names.
 Folders of runs, banks and corpora are data, whoever wrote them: no class that they name is imported at all (runs.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path, PurePath
 from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from msa_train.errors import UserError
 
 LARGEST = 2**63 - 1  # what torch and numpy count with
 SECTIONS = ("model", "data", "trainer", "checkpoint", "guard")
+_load_yaml = get_loader("yaml")  # jsonargparse's, whose numbers are not quite PyYAML's
 
 
 def restrict_imports() -> None:
-    """Has jsonargparse refuse what its list denies, and make nothing of a class where any value may stand."""
+    """Has jsonargparse refuse what its list denies, make nothing of a class where any value may stand, read no key
+    twice, and find a class where one works; in files that a config or an option names as well."""
     set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
+    set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 def check_file(name: str) -> None:
@@ -42,7 +50,7 @@ def check_file(name: str) -> None:
         UserError: It cannot be read, is no YAML, says a key twice, or is no mapping of keys.
     """
     try:
-        values = yaml.load(Path(name).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(Path(name).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -125,8 +133,8 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, which would keep the last of two equal keys and drop the other without a word."""
+class _Once:
+    """PyYAML would keep the last of two equal keys and drop the other without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """As it was; a key that comes twice is refused."""
@@ -136,4 +144,29 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' comes twice", key.start_mark)
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
+class Loader(_Once, yaml.SafeLoader):
+    """PyYAML's for plain values; a key that comes twice is an error."""
+
+
+class _Texts(_Once, yaml.BaseLoader):
+    """Makes text of every value, so that nothing but a key that comes twice is refused."""
+
+
+def _load(text: str) -> Any:
+    yaml.load(text, _Texts)
+    values = _load_yaml(text)
+    for _, value in _leaves(values, ""):
+        if isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value) and not os.path.exists(value):
+            _reach(value.partition(".")[0])
+    return values
+
+
+def _reach(module: str) -> None:
+    """Puts the working folder at the end of the path, if this module is there and nowhere else. Not before: libraries
+    try packages that are not installed, and would run what bears such a name there."""
+    there = os.path.isfile(f"{module}.py") or os.path.isdir(module)
+    if there and module not in sys.modules and find_spec(module) is None:
+        sys.path.append(os.getcwd())

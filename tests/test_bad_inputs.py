@@ -22,6 +22,7 @@ import torch
 
 from msa_train import cli
 from msa_train.commands import COMMANDS
+from msa_train.memory.manifest import FORMAT
 from tests.conftest import write_corpus
 
 Arguments = Callable[..., list[str]]
@@ -122,6 +123,10 @@ TRAINING: dict[str, Case] = {
     "no phase": fit("phases is empty", {"model.phases": "[]"}),
     "phase of no steps": fit("steps is 0", {"model.phases": '[{"name": "a", "steps": 0}]'}),
     "temperature 0": fit("temperature is 0", {"model.temperature": 0}),
+    "a split for a list of them": fit(r"val_splits.*give a list, like \[a, b\]$", {"data.val_splits": "test"}),
+    "negatives without a number": fit(
+        r"negatives.*give a value for each name, like \{a: 1\}$", {"data.negatives": "bm25"}
+    ),
     "share of 2": fit("answer_share is 2", {"data.answer_share": 2.0}),
     "vocabulary too small": fit("vocab_size is 10", {"data.vocab_size": 10}),
     "share of an epoch": fit("val_check_interval", {"trainer.val_check_interval": 0.25}),
@@ -224,6 +229,11 @@ TRAINING: dict[str, Case] = {
     "a binary file": config("c.yaml: not UTF-8 text .byte 128.: give a YAML file", bytes(range(256))),
     "another encoding": config("c.yaml: not UTF-8 text", "trainer: {max_steps: 3} # é".encode("latin-1")),
     "a tag that would run": config("c.yaml:1: not valid YAML", "model: !!python/object/apply:os.mkdir [x]\n"),
+    "a key twice in a file that a config names": fit(
+        "d.yaml: 'vocab_size' comes twice",
+        {"data": "$here/d.yaml"},
+        d__yaml="class_path: datamodules.PackedMemory\ninit_args: {vocab_size: 400, vocab_size: 500}\n",
+    ),
     "a key twice": config("c.yaml:2: not valid YAML .'trainer' comes twice.", "trainer: {}\ntrainer: {max_steps: 4}\n"),
     "an empty section": config("c.yaml: trainer has no keys below it", "trainer:\n"),
     "a list for a section": config("c.yaml: model has no keys below it", "model: [1]\n"),
@@ -300,6 +310,24 @@ TRAINING: dict[str, Case] = {
     "a misspelt key of the doctor": fit("did you mean .*max_steps", {"trainer.max_step": 4}, "doctor"),
     "a number that is none for the doctor": fit("temperature is nan", {"model.temperature": ".nan"}, "doctor"),
     "no batch for the doctor": fit("accumulate_grad_batches is 0", {"trainer.accumulate_grad_batches": 0}, "doctor"),
+    "data that is not packed": Case(
+        ("pack", "--data=lightning.pytorch.demos.boring_classes.BoringDataModule"),
+        "BoringDataModule is no .*PackSource",
+    ),
+    "data that the doctor cannot ask": Case(
+        (
+            "doctor",
+            f"--config={CONFIGS / 'quickstart.yaml'}",
+            "--runs=$out",
+            "--data=lightning.pytorch.demos.boring_classes.BoringDataModule",
+        ),
+        "BoringDataModule is no .*PackSource",
+    ),
+    "two corpora of one name": Case(
+        ("pack", '--data.corpus={"$corpus": 1, "$here/corpus": 1}', "--data.tokenizer=$run/tokenizer"),
+        "2 corpora are named 'corpus'.*rename the folder",
+        {f"corpus/{name}": text for name, text in BEIR.items()},
+    ),
     "nothing to pack": Case(("pack", "--data.corpus=nowhere"), "data.corpus: 'nowhere' is neither"),
     "documents of no token": Case(
         ("pack", "--data.max_document_tokens=0"), "max_document_tokens is 0: give at least 1"
@@ -378,7 +406,9 @@ ASKING: dict[str, Case] = {
     "a manifest of another format": Case(("bank", "$here"), "another format", {"manifest.json": '{"format": 99}'}),
     "a manifest that is a list": Case(("bank", "$here"), "another format", {"manifest.json": "[]"}),
     "a manifest that is not UTF-8": Case(("bank", "$here"), "not a readable manifest", {"manifest.json": b"\xff"}),
-    "half a manifest": Case(("bank", "$here", "--verify"), "damaged: 'shape'", {"manifest.json": '{"format": 1}'}),
+    "half a manifest": Case(
+        ("bank", "$here", "--verify"), "damaged: 'shape'", {"manifest.json": json.dumps({"format": FORMAT})}
+    ),
     "removing from nothing": Case(("bank", "$here/none", "--remove", "d1"), "is no memory bank"),
     "removing nobody": Case(("bank", "$bank", "--remove", "nobody"), "no document 'nobody'"),
     "adding to nothing": Case(("bank", "$here/none", "--add", "$corpus"), "is no memory bank"),

@@ -37,6 +37,11 @@ def test_help_and_print_config_teach(tiny_run: Arguments, tmp_path: Path, capsys
         and "Tokens mean-pooled into one latent" in text
         and "Token budget" not in text.partition("model")[0]
     )
+    assert "--optimizer" not in text and "--lr_scheduler" not in text, "both are refused: the phases say them"
+    assert "msa-train fit --data.help datamodules.PackedMemory" in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        run(["--data.help", "datamodules.PackedMemory"])
+    assert "Token budget of a pack's documents" in " ".join(capsys.readouterr().out.split())
     assert not any(tmp_path.iterdir())
 
 
@@ -55,9 +60,23 @@ def test_an_existing_run_is_kept(tiny_run: Arguments, tmp_path: Path) -> None:
     assert "overwrite: false" in (tmp_path / "tiny" / "config.yaml").read_text(), "the kept config deletes nothing"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="no run of msa-train"):
-        run([*arguments, "--name=other", "--overwrite=true"])
-    assert (tmp_path / "other" / "thesis.tex").exists()
+    for config in (None, b"database: x\n", b"model: x\nmodel: y\ndata: z\n", b"- model\n", b"a: !!bool x", b"\xff"):
+        if config is not None:
+            (tmp_path / "other" / "config.yaml").write_bytes(config)
+        with pytest.raises(UserError, match="no run of msa-train"):
+            run([*arguments, "--name=other", "--overwrite=true"])
+        assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_a_run_is_not_written_through_a_link(tiny_run: Arguments, tmp_path: Path) -> None:
+    run(tiny_run(tmp_path, steps=1))
+    (tmp_path / "empty").mkdir()
+    for name in ("tiny", "empty", "gone"):
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match="link is a link: give another --name"):
+            run(tiny_run(tmp_path, steps=1, name="link", overwrite="true"))
+        (tmp_path / "link").unlink()
+    assert newest(tmp_path / "tiny")["global_step"] == 1 and not any((tmp_path / "empty").iterdir())
 
 
 def test_checkpoint_of_another_architecture_names_the_first_mismatch(tiny_run: Arguments, tmp_path: Path) -> None:

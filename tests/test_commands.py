@@ -16,8 +16,9 @@ import pytest
 
 from msa_train import cli
 from msa_train.commands import printable
-from msa_train.memory import BankFolder
+from msa_train.memory import BankFolder, encoding
 from tests.conftest import write_corpus
+from tests.memory.banks import assert_same
 
 Arguments = Callable[..., list[str]]
 Run = Callable[..., tuple[int, str, str]]
@@ -147,11 +148,36 @@ def test_a_bank_is_changed_by_its_commands(learnt: dict[str, Any], bank: Path, r
     assert not BankFolder(bank).open().has(first)
 
 
+def corpus_of(folder: Path, **texts: str) -> Path:
+    """A corpus of these documents."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"_id": name, "text": text} for name, text in texts.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_document_is_not_taken_for_a_part_by_its_name(learnt: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    """Somebody's own `repo#1` and `repo#2` are no parts of `repo`, and none of its parts takes their place."""
+    own = {"repo#1": "The red fox lives by the river.", "repo#2": "The blue heron lives by the sea."}
+    out, issues = tmp_path / "bank", corpus_of(tmp_path / "issues", **own)
+    assert run("encode", "--model", learnt["run"], "--corpus", issues, "--out", out)[0] == 0
+    code, said, _ = run("bank", out, "--add", corpus_of(tmp_path / "readme", repo="This project is about foxes."))
+    assert code == 0 and "1 added, 0 replaced, 0 removed, 0 as they were" in said
+    assert BankFolder(out).open().names() == ["repo#1", "repo#2", "repo"]
+    long = corpus_of(tmp_path / "long", repo="The red fox sleeps. " * 200)
+    code, _, said = run("bank", out, "--add", long)
+    assert code == 2 and "'repo#1' is of 'repo#1' in the bank and of 'repo'" in said and "another name" in said
+    code, said, _ = run("bank", out, "--remove", "repo")
+    assert code == 0 and "1 removed" in said
+    opened = BankFolder(out).open()
+    assert {name: opened.text(opened.number(name)) for name in opened.names()} == own
+    code, _, said = run("bank", out, "--remove", "repo")
+    assert code == 2 and "no document 'repo'" in said
+
+
 def test_a_split_document_is_changed_and_removed_as_a_whole(learnt: dict[str, Any], run: Run, tmp_path: Path) -> None:
     def corpus(sentences: int) -> Path:
-        rows = [{"_id": "long", "text": "The red fox sleeps. " * sentences}, {"_id": "note", "text": "The owl wakes."}]
-        (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path
+        return corpus_of(tmp_path / "corpus", long="The red fox sleeps. " * sentences, note="The owl wakes.")
 
     out = tmp_path / "bank"
     assert run("encode", "--model", learnt["run"], "--corpus", corpus(200), "--out", out)[0] == 0
@@ -192,6 +218,23 @@ def test_adding_needs_the_run_or_its_new_place(learnt: dict[str, Any], bank: Pat
     assert code == 2 and "no longer at" in said and "--model RUN" in said
     code, said, _ = run("bank", bank, "--add", learnt["corpus"], "--model", learnt["run"])
     assert code == 0 and f"0 added, 0 replaced, 0 removed, {learnt['documents']} as they were" in said
+
+
+def test_adding_opens_the_checkpoint_that_encoded(learnt: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    """A run has several; where none was named, and another is the newest now, the refusal says what to do."""
+    earlier, newest = sorted(learnt["run"].glob("step=*.ckpt"))
+    out, more = tmp_path / "bank", corpus_of(tmp_path / "more", new="The pink emu lives by the road.")
+    assert run("encode", "--model", earlier, "--corpus", learnt["corpus"], "--out", out)[0] == 0
+    code, said, _ = run("bank", out, "--add", more)
+    assert code == 0 and "1 added" in said and f"encoded by  {earlier}" in said
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "run": str(learnt["run"])}))
+    code, _, said = run("bank", out, "--add", more)
+    assert code == 2 and "other weights" in said
+    assert "with this model, or name the checkpoint that encoded it: --model RUN/step=N.ckpt" in said
+    assert run("bank", out, "--add", more, "--model", newest)[0] == 2
+    code, said, _ = run("bank", out, "--add", more, "--model", earlier)
+    assert code == 0 and "0 added, 0 replaced, 0 removed, 1 as they were" in said
 
 
 def test_a_document_cannot_command_the_terminal(learnt: dict[str, Any], run: Run, tmp_path: Path) -> None:
@@ -274,26 +317,76 @@ def test_a_bank_that_does_not_fit_is_refused_with_the_figures(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoding_that_was_broken_off_goes_on(
-    learnt: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from msa_train.memory import encoding
+class Encoded:
+    """Counts the documents that are encoded, each in a segment of its own, and breaks off behind so many."""
 
-    monkeypatch.setattr(encoding, "SEGMENT_BYTES", 1)  # a segment for every document
-    given = ("encode", "--model", learnt["run"], "--corpus", learnt["corpus"], "--out", tmp_path / "out")
-    encoded: list[int] = []
-    original = encoding.Encoder._encode
+    def __init__(self) -> None:
+        self.documents, self.most = 0, 1_000_000
 
-    def breaking(self: Any, *batch: Any) -> Any:
-        if len(encoded) == 4:
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
+    counted, honest = Encoded(), encoding.Encoder._encode
+
+    def encode(self: Any, *batch: Any) -> Any:
+        if counted.documents == counted.most:
             raise KeyboardInterrupt
-        encoded.append(1)
-        return original(self, *batch)
+        counted.documents += 1
+        return honest(self, *batch)
 
-    monkeypatch.setattr(encoding.Encoder, "_encode", breaking)
+    monkeypatch.setattr(encoding, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(encoding.Encoder, "_encode", encode)
+    return counted
+
+
+def test_an_encoding_that_was_broken_off_goes_on(
+    learnt: dict[str, Any], run: Run, tmp_path: Path, encoded: Encoded
+) -> None:
+    given = ("encode", "--model", learnt["run"], "--corpus", learnt["corpus"], "--out", tmp_path / "out")
+    encoded.most = 4
     assert run(*given)[0] == 130
     code, _, said = run("bank", tmp_path / "out")
     assert code == 2 and "broken off" in said
-    monkeypatch.setattr(encoding.Encoder, "_encode", lambda self, *batch: encoded.append(1) or original(self, *batch))
+    encoded.most = 1_000_000
     assert run(*given)[0] == 0
-    assert len(encoded) == learnt["documents"], "what was done is not done again"
+    assert encoded.documents == learnt["documents"], "what was done is not done again"
+
+
+def test_an_encoding_goes_on_where_what_is_left_of_it_fits(
+    learnt: dict[str, Any], run: Run, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("encode", "--model", learnt["run"], "--corpus", learnt["corpus"], "--out", tmp_path / "out")
+    encoded.most = learnt["documents"] // 2
+    assert run(*given)[0] == 130
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("segment-*"))
+    usage, encoded.most = shutil.disk_usage(tmp_path), 1_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=written // 100))
+    code, _, said = run(*given)
+    assert code == 2 and "are free there" in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=written))
+    code, _, said = run(*given)
+    assert code == 0, said
+    assert encoded.documents == learnt["documents"] == len(BankFolder(tmp_path / "out").open())
+
+
+@pytest.mark.parametrize("most", [0, 1, 4, 5])
+def test_adding_that_was_broken_off_leaves_a_whole_bank_and_goes_on(
+    learnt: dict[str, Any], bank: Path, run: Run, tmp_path: Path, encoded: Encoded, most: int
+) -> None:
+    """Three documents are new, one and some parts of another are replaced, and that other has a part too many."""
+    first, long = BankFolder(bank).open().id(1), "The red fox sleeps. "
+    assert run("bank", bank, "--add", corpus_of(tmp_path / "before", long=long * 200))[0] == 0
+    shutil.copytree(bank, tmp_path / "whole")
+    more = {"a": "A pink emu.", "b": "A grey gnu.", first: "A plaid yak.", "long": "A " + long * 170, "c": "A newt."}
+    given = ("--add", corpus_of(tmp_path / "more", **more))
+    encoded.documents = 0
+    code, said, _ = run("bank", tmp_path / "whole", *given)
+    assert code == 0 and "3 added, 3 replaced, 1 removed, 2 as they were" in said and encoded.documents == 6
+    before, encoded.documents, encoded.most = BankFolder(bank).open(), 0, most
+    assert run("bank", bank, *given)[0] == 130
+    code, said, _ = run("bank", bank, "--verify")
+    assert code == 0 and "every checksum as written" in said
+    assert len(BankFolder(bank).open()) == len(before) + min(most, 3), "what is done is kept"
+    encoded.documents, encoded.most = 0, 1_000_000
+    assert run("bank", bank, *given)[0] == 0
+    assert_same(BankFolder(bank).open(), BankFolder(tmp_path / "whole").open())

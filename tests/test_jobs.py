@@ -63,6 +63,27 @@ def test_help_of_pack_is_about_packing(capsys: pytest.CaptureFixture[str]) -> No
     assert "Tokenise the corpora" in shown and "--trainer.precision" not in shown and "--model.backbone" not in shown
 
 
+def test_pack_names_a_split_that_is_not_there(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.build(["pack", *tiny_run(tmp_path, **{"data.train_split": "trian"})])
+    said = capsys.readouterr().out
+    assert "trian       no such split; the corpus has test, train: name one in data.train_split" in said
+    assert "test        6 packs an epoch" in said
+
+
+def test_the_doctor_repeats_a_corpus_as_text(
+    tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_corpus(tmp_path / "hostile")
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q0\td\x1b]0;owned\x07\u202e\t1\n")
+    with pytest.raises(SystemExit):
+        cli.build(["doctor", *tiny_run(tmp_path / "runs", **{"data.corpus": folder})])
+    said = capsys.readouterr().out
+    assert "owned" in said and not {"\x1b", "\x07", "\u202e"} & set(said)
+
+
 def test_the_doctor_lets_a_sound_run_pass(
     tiny_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.tokenizer import open_tokenizer, train_tokenizer
+from msa_train import protocol as module
 from msa_train.errors import UserError
 from msa_train.protocol import CONTROL, STOP, Protocol, Source, add_control_tokens, neutralise, restore
 
@@ -34,6 +35,17 @@ def test_document_reads_as_published(protocol: Protocol) -> None:
     ids = protocol.document(source(protocol, 12, "The red fox"))
     assert protocol.tokenizer.decode(ids) == "<|im_start|>[12]. The red fox[12]<|im_end|>"
     assert len(ids) - len(protocol.text(" The red fox")) <= protocol.wrapping(9_999)
+
+
+def test_so_many_numbers_are_remembered_and_no_more(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank may have millions of documents."""
+    monkeypatch.setattr(module, "REMEMBERED", 30)
+    protocol = Protocol(tokenizer)
+    for number in [*range(1, 200), *range(1, 200)]:
+        written = tokenizer.decode(protocol.document(Source(number, ())))
+        assert written == f"<|im_start|>[{number}].[{number}]<|im_end|>" and len(protocol._numbers) <= 30
 
 
 def test_context_reads_as_published(protocol: Protocol) -> None:

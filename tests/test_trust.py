@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -68,6 +69,38 @@ def test_a_class_of_ones_own_that_is_a_callback_is_made(
     named = json.dumps([{"class_path": "own_callback.Mine"}])
     built = cli.build(["fit", *tiny_run(tmp_path / "runs", **{"trainer.callbacks": named})], run=False)
     assert built is not None and "Mine" in {type(callback).__name__ for callback in built.trainer.callbacks}
+
+
+def test_nothing_of_the_working_folder_is_imported_unless_a_config_names_it(tmp_path: Path) -> None:
+    """A corpus to work in, with modules that libraries look for: bm25s is installed, and tries a jax that is not."""
+    folder = write_corpus(tmp_path / "corpus", documents=20)
+    for name in ("bm25s", "jax", "own"):
+        code = f"from pathlib import Path\nPath('{name}.ran').touch()\nfrom lightning import Callback as Own\n"
+        (folder / f"{name}.py").write_text(code)
+    command = [str(Path(sys.executable).with_name("msa-train"))]
+    sizes = ["--data.corpus=.", "--data.vocab_size=400", "--data.document_tokens=512", "--data.queries_per_pack=2"]
+    for arguments in (["pack", *sizes], ["bank", "."]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=folder, timeout=300)
+        assert ("packs an epoch" in done.stdout) == (arguments[0] == "pack"), done.stderr
+    assert not list(folder.glob("*.ran"))
+
+
+def test_a_class_is_found_where_one_works(tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind all that is installed: `torch` here is not torch."""
+    (tmp_path / "own_here.py").write_text("from own_helper import Callback\n\nclass Mine(Callback):\n    pass\n")
+    (tmp_path / "own_helper.py").write_text("from lightning import Callback\n")
+    (tmp_path / "torch.py").write_text("raise ValueError\n")
+    (tmp_path / "c.yaml").write_text("trainer: {callbacks: [{class_path: own_here.Mine}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = list(sys.path)
+    arguments = tiny_run(tmp_path / "runs")
+    cli.build(["fit", *arguments], run=False)
+    assert sys.path == before, "of the folder no class was named"
+    for named in (["--config=c.yaml"], ['--trainer.callbacks=["own_here.Mine"]']):
+        built = cli.build(["fit", *arguments, *named], run=False)
+        assert built is not None and "Mine" in {type(callback).__name__ for callback in built.trainer.callbacks}
+    assert sys.path == [*before, str(tmp_path)]
 
 
 def test_no_code_of_a_folder_is_run(run: Path, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ class MemoryBank:
         segment, row = self._at(number)
         return segment.ids[row]
 
+    def source(self, number: int) -> str:
+        """Name of the document that the one with this number is a part of; its own where it is whole."""
+        segment, row = self._at(number)
+        return segment.source(row)
+
     def text(self, number: int) -> str:
         """Words of the document with this number."""
         segment, row = self._at(number)
@@ -143,6 +148,11 @@ class MemoryBank:
         assert numbers == [self.number(name) for segment in new for name in segment.ids]
         self._without(numbers)
         self._extend(new)
+
+    def hold(self, segments: Iterable[Segment]) -> None:
+        """Keeps its documents in other segments, which hold the same."""
+        self.segments = tuple(placed(segment, self.device, self.tiers) for segment in segments)
+        self._forget()
 
     # --- parts of it --------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from msa_train.protocol import Protocol, Source
 
 SEGMENT_BYTES = 1 << 30  # of a segment, at most
 SEGMENT_SECONDS = 60  # of encoding it: what is lost when encoding is broken off
-TABLE_BYTES = 40  # of a document: its number, its tokens, and where its chunks, name and words begin
+TABLE_BYTES = 44  # of a document: its number, tokens, where its chunks, name and words begin, where its source's ends
 SAMPLED = 1024  # values of each weight that tell one model from another
 
 
@@ -113,8 +113,12 @@ class Encoder:
         Raises:
             UserError: Another model made the bank, a name is taken, or a document is too long. Nothing is added then.
         """
+        bank.add(self.added(bank, passages))
+
+    def added(self, bank: MemoryBank, passages: Iterable[Passage]) -> Iterator[Segment]:
+        """What `add` adds, a segment at a time."""
         self.check(bank)
-        bank.add(self.encode(self.numbered(passages, bank.next_number), bank.shape.precision))
+        return self.encode(self.numbered(passages, bank.next_number), bank.shape.precision)
 
     def replace(self, bank: MemoryBank, passages: Iterable[Passage]) -> None:
         """Encodes documents anew, under the numbers that they have in a bank.
@@ -123,9 +127,13 @@ class Encoder:
             UserError: Another model made the bank, a document is not in it or too long, or two have one name. Nothing
                 is replaced then.
         """
+        bank.replace(self.replaced(bank, passages))
+
+    def replaced(self, bank: MemoryBank, passages: Iterable[Passage]) -> Iterator[Segment]:
+        """What `replace` puts in the place of others, a segment at a time."""
         self.check(bank)
         numbered = sorted(((bank.number(passage.id), passage) for passage in passages), key=lambda pair: pair[0])
-        bank.replace(self.encode(self._checked(numbered), bank.shape.precision))
+        return self.encode(self._checked(numbered), bank.shape.precision)
 
     def check(self, bank: MemoryBank) -> None:
         """Refuses a bank of another model.
@@ -262,7 +270,8 @@ def check_shape(bank: BankShape, model: BankShape) -> None:
         theirs, ours = getattr(bank, name), getattr(model, name)
         if theirs != ours:
             raise UserError(
-                f"the bank was encoded with {what} ({theirs}; the model has {ours}): encode it again with this model"
+                f"the bank was encoded with {what} ({theirs}; the model has {ours}): encode it again with this model, "
+                "or name the checkpoint that encoded it: --model RUN/step=N.ckpt"
             )
 
 

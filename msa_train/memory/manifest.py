@@ -1,6 +1,6 @@
 """The manifest of a bank's folder: who encoded it, which files hold it, and what was removed from them.
 
-    {"format": 1, "shape": {...}, "documents": 3, "tokens": 40, "chunks": 9, "next_number": 5, "run": "...",
+    {"format": 2, "shape": {...}, "documents": 3, "tokens": 40, "chunks": 9, "next_number": 5, "run": "...",
      "segments": [{"file": "segment-....safetensors", "bytes": 9000, "sha256": "...",
                    "documents": 3, "tokens": 40, "chunks": 9, "removed": [2]}]}
 
@@ -24,7 +24,7 @@ from msa_train.kernels.maxsim import Precision
 from msa_train.memory.segment import BankShape
 from msa_train.search import LOW
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 SEGMENT_FILE = re.compile(r"segment-[0-9a-f]{16}\.safetensors")

@@ -56,6 +56,6 @@ class Retraced:
 
 
 def _digest(passage: Passage) -> bytes:
-    digest = hashlib.sha256(repr((passage.id, passage.text)).encode())
+    digest = hashlib.sha256(repr((passage.id, passage.source, passage.text)).encode())
     digest.update(np.asarray(passage.tokens, dtype=np.int64).tobytes())
     return digest.digest()

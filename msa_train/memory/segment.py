@@ -9,7 +9,6 @@ Shapes: D documents, C chunks, G key/value heads, W head width, R = G * W, L rou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,22 +33,13 @@ class Passage:
         id: Its name, unique within the bank.
         text: Its words.
         tokens: Token ids of `" " + text`.
-        source: Name of the document that it is a part of, where it is one.
+        source: Name of the document that it is a part of, where it is one; its own begins with it.
     """
 
     id: str
     text: str
     tokens: Sequence[int] | NDArray[np.int32]
     source: str = ""
-
-
-def source_of(name: str) -> str:
-    """The document that a name tells of, where it is a part's.
-
-    >>> source_of("a#2"), source_of("a")
-    ('a', 'a')
-    """
-    return re.sub(r"#[0-9]+$", "", name)
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,8 @@ class Segment:
         tokens_D: Tokens of each, its wrapping included, int64, on the host.
         chunk_offsets_D: Where each one's chunks begin, D + 1 values, int64, on the host.
         ids: Their names.
+        source_end_D: Where in its name that of the document ends which it is a part of, in characters; at the end where
+            it is whole; int32, on the host.
         texts: Their words.
         layers: What every routed layer keeps.
         live_D: Which of them have not been removed, bool, on the host.
@@ -129,6 +121,7 @@ class Segment:
     tokens_D: Tensor
     chunk_offsets_D: Tensor
     ids: Strings
+    source_end_D: Tensor
     texts: Strings
     layers: tuple[LayerSegment, ...]
     live_D: Tensor
@@ -144,6 +137,10 @@ class Segment:
     def chunks(self) -> int:
         """Chunks, removed ones included."""
         return int(self.chunk_offsets_D[-1])
+
+    def source(self, row: int) -> str:
+        """Name of the document that one is a part of; its own where it is whole."""
+        return self.ids[row][: int(self.source_end_D[row])]
 
     @staticmethod
     def of(
@@ -163,11 +160,13 @@ class Segment:
             shape: Precisions to keep.
         """
         assert list(numbers) == sorted(set(numbers)) and numbers[0] > 0 and numbers[-1] < LOW
+        assert all(passage.id.startswith(passage.source) for passage in passages)
         return Segment(
             number_D=torch.tensor(list(numbers), dtype=torch.int64),
             tokens_D=torch.tensor(list(lengths), dtype=torch.int64),
             chunk_offsets_D=memory.chunks.offsets_D.cpu(),
             ids=Strings.of([passage.id for passage in passages]),
+            source_end_D=torch.tensor([len(passage.source or passage.id) for passage in passages], dtype=torch.int32),
             texts=Strings.of([passage.text for passage in passages]),
             layers=tuple(
                 LayerSegment(
@@ -191,6 +190,7 @@ class Segment:
             tokens_D=torch.cat([part.tokens_D for part in parts]),
             chunk_offsets_D=offsets_of(counts),
             ids=Strings.join([part.ids for part in parts]),
+            source_end_D=torch.cat([part.source_end_D for part in parts]),
             texts=Strings.join([part.texts for part in parts]),
             layers=tuple(
                 LayerSegment(
@@ -211,6 +211,7 @@ class Segment:
             tokens_D=self.tokens_D[first:last],
             chunk_offsets_D=self.chunk_offsets_D[first : last + 1] - start,
             ids=self.ids.slice(first, last),
+            source_end_D=self.source_end_D[first:last],
             texts=self.texts.slice(first, last),
             layers=tuple(
                 LayerSegment(layer.keys.rows(start, stop), layer.key_CGW[start:stop], layer.value_CGW[start:stop])
@@ -229,6 +230,7 @@ class Segment:
             tokens_D=self.tokens_D[live_D],
             chunk_offsets_D=offsets_of(counts[live_D]),
             ids=self.ids.pick(live_D),
+            source_end_D=self.source_end_D[live_D],
             texts=self.texts.pick(live_D),
             layers=tuple(
                 LayerSegment(layer.keys._map(lambda rows: rows[keep_C]), layer.key_CGW[keep_C], layer.value_CGW[keep_C])

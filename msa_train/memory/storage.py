@@ -127,17 +127,17 @@ class BankFolder:
             records, segments = [], []
             try:
                 for segment in bank.segments:
-                    slim = segment.compact() if _stale(segment) else segment
-                    if slim.documents:
-                        record = known.get(slim.file or "") or write_segment(self.path, slim, bank.shape)
-                        records.append({**record, **counts_of(slim)})
-                        segment = replace(segment, file=record["file"]) if slim is segment else segment
-                    segments.append(segment)
+                    if _stale(segment):
+                        segment = segment.compact()
+                    if segment.documents:
+                        record = known.get(segment.file or "") or write_segment(self.path, segment, bank.shape)
+                        records.append({**record, **counts_of(segment)})
+                        segments.append(replace(segment, file=record["file"]))
                 text = manifest_text(bank.shape, records, bank.next_number, {**told_of(kept), **told})
                 write_text(self.path / MANIFEST, text)
             finally:
                 self._sweep()
-            bank.segments = tuple(segments)
+            bank.hold(segments)
             bank.versions[self.path.resolve()] = version_of(self.manifest())
 
     def encode(self, encoder: Encoder, passages: Iterable[Passage], **told: str) -> None:
@@ -173,6 +173,38 @@ class BankFolder:
             next_number = 1 + sum(record["documents"] for record in records)
             write_text(self.path / MANIFEST, manifest_text(encoder.shape, final, next_number, told))
             self._sweep()
+
+    def written(self, shape: BankShape) -> int:
+        """Bytes that an encoding which was broken off has written, and that one of this shape goes on with."""
+        return sum(record["bytes"] for record in self._unfinished(shape))
+
+    def change(
+        self, encoder: Encoder, new: Iterable[Passage], changed: Iterable[Passage], gone: Iterable[str] = ()
+    ) -> None:
+        """Changes the bank that the folder holds, and saves each segment when it is encoded.
+
+        So no more than two segments are in memory, and a change that is broken off leaves a whole bank, with a part of
+        the documents changed; the rest can be given again.
+
+        Args:
+            encoder: The encoder.
+            new: Documents to add.
+            changed: Documents that take the place of those of their names.
+            gone: Names of documents to remove, in the end.
+
+        Raises:
+            UserError: As in `Encoder.add`, `Encoder.replace`, `MemoryBank.remove` and `save`; what is done stays.
+        """
+        with self.writing():
+            bank = self.open()
+            added, replaced = encoder.added(bank, new), encoder.replaced(bank, changed)
+            for segments, put in ((added, MemoryBank.add), (replaced, MemoryBank.replace)):
+                for segment in segments:
+                    put(bank, [segment])
+                    self.save(bank)
+                    bank = self.open()  # the segment lies in a map now
+            bank.remove(gone)
+            self.save(bank)
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Reads every file and compares it with its checksum; yields each one's name and bytes once it is found good.

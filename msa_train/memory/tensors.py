@@ -28,6 +28,7 @@ def to_tensors(segment: Segment, layers: Sequence[int]) -> dict[str, Tensor]:
         "chunk_offsets": segment.chunk_offsets_D,
         "id.bytes": segment.ids.bytes_B,
         "id.offsets": segment.ids.offsets_D,
+        "source_ends": segment.source_end_D,
         "text.bytes": segment.texts.bytes_B,
         "text.offsets": segment.texts.offsets_D,
     }
@@ -55,6 +56,9 @@ def from_tensors(tensors: dict[str, Tensor], shape: BankShape, file: str) -> Seg
     take.check(bool((tokens_D > 0).all()), "a document has no token")
     chunks_D = (tokens_D - 1) // shape.chunk_size + 1
     take.check(torch.equal(chunks_D, offsets_D.diff()), "the chunks are not those of the documents' tokens")
+    ids, source_end_D = take.strings("id", documents), take("source_ends", torch.int32, (documents,))
+    inside = (source_end_D >= 0) & (source_end_D <= ids.offsets_D.diff())
+    take.check(bool(inside.all()), "the name of a part is shorter than its document's")
     chunks, layers = int(offsets_D[-1]), []
     for number in shape.layers:
         scale = take(f"{number}.router_scale", torch.float32, (chunks,)) if shape.precision == "int8" else None
@@ -69,7 +73,8 @@ def from_tensors(tensors: dict[str, Tensor], shape: BankShape, file: str) -> Seg
         number_D=number_D,
         tokens_D=tokens_D,
         chunk_offsets_D=offsets_D,
-        ids=take.strings("id", documents),
+        ids=ids,
+        source_end_D=source_end_D,
         texts=take.strings("text", documents),
         layers=tuple(layers),
         live_D=torch.ones(documents, dtype=torch.bool),

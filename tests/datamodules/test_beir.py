@@ -42,7 +42,10 @@ BAD = {
     "empty corpus": ("corpus.jsonl", "\n\n", "empty"),
     "broken JSON": ("corpus.jsonl", '{"_id": "d0", "text": "a"}\n{"_id": \n', r"corpus.jsonl:2: not valid JSON"),
     "not an object": ("corpus.jsonl", "[1]\n", "corpus.jsonl:1: expected an object"),
-    "no text": ("corpus.jsonl", '{"_id": "d0", "text": " "}\n', "corpus.jsonl:1: 'text'"),
+    "no text": ("corpus.jsonl", '{"_id": "d0"}\n', "corpus.jsonl:1: 'text' is missing"),
+    "no words": ("corpus.jsonl", '{"_id": "d0", "text": " "}\n', "corpus.jsonl:1: document 'd0' has neither title nor"),
+    "no name": ("corpus.jsonl", '{"_id": " ", "text": "a"}\n', "corpus.jsonl:1: '_id' is empty"),
+    "no question": ("queries.jsonl", '{"_id": "q0", "text": " "}\n', "queries.jsonl:1: 'text' is empty"),
     "id is a number": ("corpus.jsonl", '{"_id": 3, "text": "a"}\n', "corpus.jsonl:1: '_id'"),
     "id twice": ("queries.jsonl", '{"_id": "q0", "text": "a"}\n' * 2, "queries.jsonl:2: _id 'q0' occurs twice"),
     "answers": ("queries.jsonl", '{"_id": "q0", "text": "a", "answers": "b"}\n', "queries.jsonl:1: 'answers'"),
@@ -77,6 +80,29 @@ def test_bad_files_are_named(case: str, tmp_path: Path, protocol: Protocol) -> N
         (folder / "qrels" / "test.tsv").unlink()
     with pytest.raises(UserError, match=message):
         read(folder, protocol)
+
+
+def test_a_title_is_enough_and_what_has_no_words_is_left_out(tmp_path: Path, protocol: Protocol) -> None:
+    folder = write_corpus(tmp_path / "c", documents=5)
+    with (folder / "corpus.jsonl").open("a") as file:
+        for name, title in (("titled", "Only a title"), ("blank", " "), ("bare", "")):
+            file.write(json.dumps({"_id": name, "title": title, "text": " \n"}) + "\n")
+    reader = BeirReader(folder)
+    for _ in range(2):  # read again, nothing is counted again
+        assert [document.text for document in reader.documents()][5:] == ["Only a title"]
+        assert reader.dropped.counts == {"document without text": 2}
+    assert read(folder, protocol).manifest["dropped"] == {"document without text": 2}
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q1\tbare\t1\n")
+    with pytest.raises(UserError, match=r"corpus.jsonl:8: document 'bare' has neither .* query 'q1' asks for it"):
+        read(folder, protocol)
+
+
+def test_a_mark_in_front_of_a_file_is_no_part_of_it(tmp_path: Path, protocol: Protocol) -> None:
+    folder = write_corpus(tmp_path / "c", documents=5)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert len(read(folder, protocol).questions) == 5
 
 
 def test_not_utf8(tmp_path: Path, protocol: Protocol) -> None:

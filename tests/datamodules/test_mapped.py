@@ -344,7 +344,19 @@ BAD_MAPPINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "corpus without id": ({"documents": None, "corpus": {"files": "a", "text": "b"}}, "corpus: 'id' is missing"),
     "json": ({"json": ["a.b"]}, "json names whole columns"),
-}
+    "hold_out of another split": (
+        {"files": {"dev": "rows.jsonl"}, "hold_out": {"split": "test", "share": 0.5}},
+        "hold_out draws from files or splits named train",
+    ),
+    "hold_out of another split of qrels": (
+        {
+            "id": "q", "documents": None, "corpus": {"files": "a", "id": "a", "text": "b"},
+            "relevant": {"qrels": {"files": {"dev": "r"}, "query": "q", "document": "d"}},
+            "hold_out": {"split": "test", "share": 0.5},
+        },
+        "hold_out draws from files or splits named train",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_MAPPINGS)
@@ -525,3 +537,33 @@ def test_questions_are_held_out_by_source(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="share must be a number between 0 and 1"):
         MappedReader(mapping)
+
+
+def test_questions_are_held_out_of_a_relation_of_its_own(tmp_path: Path) -> None:
+    """The split is that of the qrels; a question that another split asks for as well keeps it."""
+    write_jsonl(tmp_path / "docs.jsonl", [{"id": f"d{n}", "text": f"It is {n}."} for n in range(40)])
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": f"q{n}", "q": f"Where is {n}?", "land": n % 8} for n in range(40)])
+    write_jsonl(tmp_path / "train.jsonl", [{"q": f"q{n}", "d": f"d{n}"} for n in range(40)])
+    write_jsonl(tmp_path / "test.jsonl", [{"q": "q3", "d": "d5"}])
+    mapping = {
+        "files": {"any": "rows.jsonl"}, "id": "id", "query": "q",
+        "corpus": {"files": "docs.jsonl", "id": "id", "text": "text"},
+        "relevant": {"qrels": {"files": {"train": "train.jsonl", "test": "test.jsonl"}, "query": "q", "document": "d"}},
+        "hold_out": {"split": "test", "share": 0.5, "by": "land"},
+    }  # fmt: skip
+    (tmp_path / "set.yaml").write_text(yaml.safe_dump(mapping))
+    queries = list(MappedReader(tmp_path / "set.yaml").queries())
+    lands = {split: {int(q.id[1:]) % 8 for q in queries if split in q.relevant} for split in ("train", "test")}
+    assert len(queries) == 40 and len(lands["train"]) > 1 and len(lands["test"] - {3}) > 1
+    assert not lands["train"] & (lands["test"] - {3}), "whole lands are held out"
+    (q3,) = (query for query in queries if query.id == "q3")
+    held = 3 not in lands["train"]
+    assert q3.relevant == ({"test": ("d3", "d5")} if held else {"train": ("d3",), "test": ("d5",)})
+
+
+def test_a_key_twice_is_named(tmp_path: Path) -> None:
+    reader(tmp_path, [row()])
+    with (tmp_path / "set.yaml").open("a") as file:
+        file.write("relevant: all\n")
+    with pytest.raises(UserError, match=r"set.yaml: not valid YAML .*relevant.* comes twice in .* line 10"):
+        MappedReader(tmp_path / "set.yaml")

@@ -315,6 +315,16 @@ def test_queries_as_a_share_of_tokens(data: Collection, protocol: Protocol) -> N
     assert 0.2 < share < 0.28 and packs[0].queries > 2
 
 
+def test_queries_as_a_share_of_tokens_count_what_answered_ones_read(data: Collection, protocol: Protocol) -> None:
+    """Where a part of the queries may be answered, these are answered the more often; and distractors are read."""
+    for share, distractors in ((0.25, 0), (0.5, 0), (0.5, 4), (0.9, 4)):
+        config = replace(CONFIG, queries_per_pack=share, distractors=distractors)
+        packer = Packer(Planner(data, protocol, "train", config), protocol)
+        packs = [packer.pack(index) for index in range(packer.packs_per_epoch - 1)]  # the last may have fewer
+        found = np.mean([pack.contexts.tokens_A.numel() / CONFIG.document_tokens for pack in packs])
+        assert found == pytest.approx(share, rel=0.15)
+
+
 def test_overfitting_repeats_the_first_packs(packer: Packer) -> None:
     dataset = PackDataset({0: packer}, packs_per_step=2, cycle=1)
     assert same(dataset[0], dataset[7])

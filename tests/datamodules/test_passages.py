@@ -150,6 +150,16 @@ def test_a_stores_own_tokens_serve_where_they_fit(
         assert plain(open_passages(str(store.folder), protocol, limit)) == rows(store)
 
 
+def test_parts_know_their_document_in_a_store_too(folder: Path, store: Store, protocol: Protocol) -> None:
+    """As they do in the corpus, and where they are split again; a bank changes a document's parts together."""
+    sources = {passage.id: passage.source for passage in open_passages(str(folder), protocol, LIMIT)}
+    for limit in (LIMIT, 23):
+        found = {passage.id: passage.source for passage in open_passages(str(store.folder), protocol, limit)}
+        assert sum(source != name for name, source in found.items()) > 5
+        assert all(source == sources.get(name, source) for name, source in found.items())
+        assert set(found.values()) <= set(sources.values())
+
+
 def test_a_store_is_split_again_for_a_smaller_limit(store: Store, protocol: Protocol) -> None:
     passages = plain(open_passages(str(store.folder), protocol, 23))
     assert max(len(tokens) for _, _, tokens in passages) <= 23 and any("#1#2" in name for name, _, _ in passages)

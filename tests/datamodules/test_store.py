@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import datamodules.building as building
+import datamodules.python_docs as python_docs
 from datamodules.beir import BeirReader
 from datamodules.building import build_store
+from datamodules.negatives import mine_bm25
+from datamodules.opening import open_store
+from datamodules.packed_memory import PackedMemory
+from datamodules.passages import open_passages
+from datamodules.python_docs import build_python_docs
 from datamodules.shards import tokenise_documents
 from datamodules.store import MANIFEST, Store
+from datamodules.summary import print_store
+from datamodules.tokenizer import train_tokenizer
 from msa_train.errors import UserError
 from msa_train.protocol import Protocol, restore
 from tests.conftest import write_corpus
@@ -152,6 +162,88 @@ def test_damage_is_named(folder: Path, protocol: Protocol, tmp_path: Path) -> No
     (store.folder / MANIFEST).unlink()
     with pytest.raises(UserError, match="no complete store"):
         Store(store.folder)
+
+
+def test_a_store_that_a_path_names_is_never_to_be_deleted(folder: Path, protocol: Protocol, tmp_path: Path) -> None:
+    store = build_store(BeirReader(folder), protocol, tmp_path, LIMIT)
+    for name, content in (("queries-00000.arrow", "x"), (MANIFEST, '{"format": 1}'), (MANIFEST, "{}")):
+        (store.folder / name).write_text(content)
+        with pytest.raises(UserError, match="move it away, and have msa-train pack build it again") as error:
+            Store(store.folder)
+        assert "delete" not in str(error.value)
+
+
+def test_a_corpus_may_have_a_manifest_of_its_own(corpus_folder: Path, protocol: Protocol, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(corpus_folder, folder)
+    (folder / MANIFEST).write_text('{"name": "theirs"}')
+    assert open_store(str(folder), protocol, tmp_path / "stores", LIMIT).manifest["name"] == "theirs"
+    assert len(list(open_passages(str(folder), protocol, 1000))) == 80
+    module = PackedMemory(str(folder), vocab_size=400, document_tokens=512)
+    assert len(module.open().stores) == 1, "its texts train a tokenizer"
+
+
+@pytest.mark.parametrize("name", ["documents-00001.arrow", "queries-00000.arrow"])
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None])
+def test_a_damaged_shard_of_a_broken_off_build_is_written_anew(
+    name: str, damage: bytes | None, folder: Path, protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "SHARD", 50)
+    whole = build_store(BeirReader(folder), protocol, tmp_path / "whole", LIMIT)
+    unfinished = tmp_path / "stores" / f"{whole.folder.name}.building"
+    shutil.copytree(whole.folder, unfinished)
+    (unfinished / MANIFEST).unlink()
+    half = (unfinished / name).read_bytes()
+    (unfinished / name).write_bytes(half[: len(half) // 2] if damage is None else damage)
+    assert content(build_store(BeirReader(folder), protocol, tmp_path / "stores", LIMIT)) == content(whole)
+
+
+def test_where_nothing_can_be_written_the_mend_is_a_variable(
+    folder: Path, protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in a folder's place, below which not even root can write."""
+    (tmp_path / "file").touch()
+    told = "file.*: cannot be written .*MSA_TRAIN_CACHE name a folder"
+    with pytest.raises(UserError, match=told):
+        build_store(BeirReader(folder), protocol, tmp_path / "file" / "stores", LIMIT)
+    with pytest.raises(UserError, match=told):
+        train_tokenizer(["a fox"], 400, tmp_path / "file" / "cache")
+    monkeypatch.setenv("MSA_TRAIN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(python_docs, "_entries", lambda: iter(()))
+    with pytest.raises(UserError, match=told):
+        build_python_docs()
+
+
+def test_what_is_there_needs_no_lock(
+    folder: Path, protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store in a folder that others may only read."""
+
+    def acquire(self: FileLock) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    store = build_store(BeirReader(folder), protocol, tmp_path, LIMIT)
+    with monkeypatch.context() as patched:
+        patched.setattr(FileLock, "acquire", acquire)
+        assert build_store(BeirReader(folder), protocol, tmp_path, LIMIT).folder == store.folder
+        with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+            mine_bm25(store)
+    mined = mine_bm25(store)
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    assert mine_bm25(store) == mined
+
+
+def test_a_store_is_printed_as_text(
+    corpus_folder: Path, protocol: Protocol, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever wrote the manifest chose the names in it."""
+    store = build_store(BeirReader(corpus_folder), protocol, tmp_path, LIMIT)
+    store.name = "a\x1b]0;owned\x07"
+    store.manifest["queries"] = {"t\x1b[2Jest": 3}
+    store.manifest["dropped"] = {"\x1b[31mred": 4}
+    print_store(store)
+    shown = capsys.readouterr().out
+    assert "owned" in shown and "[2Jest" in shown and "\x1b" not in shown and "\x07" not in shown
 
 
 def test_citations_do_not_make_parts_shorter_or_end_within_a_sentence(protocol: Protocol, tmp_path: Path) -> None:

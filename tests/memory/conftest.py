@@ -52,7 +52,9 @@ def encoder(model: MemorySparseModel, protocol: Protocol) -> Encoder:
 
 
 def passages(protocol: Protocol, names: range | list[int], changed: str = "") -> list[Passage]:
-    """Documents `d{number}` of the texts above."""
+    """Documents `d{number}` of the texts above; every third is a part of `d`."""
+    texts = {number: TEXTS[number] + changed for number in names}
     return [
-        Passage(f"d{number}", TEXTS[number] + changed, protocol.text(f" {TEXTS[number]}{changed}")) for number in names
+        Passage(f"d{number}", texts[number], protocol.text(f" {texts[number]}"), "" if number % 3 else "d")
+        for number in names
     ]

@@ -124,6 +124,14 @@ def test_a_document_under_a_number_that_was_given_is_our_fault(encoder: Encoder,
     assert bank.numbers() == [1, 2, 3]
 
 
+def test_a_bank_knows_of_which_document_each_is_a_part(encoder: Encoder, protocol: Protocol) -> None:
+    """Whatever its name looks like."""
+    text, tokens = "The red fox.", protocol.text(" The red fox.")
+    parts = [Passage(f"é#1#{number}", text, tokens, "é#1") for number in (1, 2)]
+    bank = encoder.bank([Passage("é#3", text, tokens), *parts, Passage("x", text, tokens, "x")])
+    assert [bank.source(number) for number in bank.numbers()] == ["é#3", "é#1", "é#1", "x"]
+
+
 # --- names that clash, documents that are not there -------------------------------------------------------------------
 
 
@@ -539,8 +547,9 @@ def test_a_consulted_bank_is_outside_the_gradient(
 def test_the_size_is_known_before_encoding(
     model: MemorySparseModel, protocol: Protocol, precision: Precision, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Counted are routing keys and scales, pooled keys and values, words and names, and forty bytes a document (number,
-    tokens, three offsets). Not counted, of every file: three last offsets and the header."""
+    """Counted are routing keys and scales, pooled keys and values, words and names, and 44 bytes a document (number,
+    tokens, three offsets, where the source ends in its name). Not counted, of every file: three last offsets and the
+    header."""
     documents = passages(protocol, range(19))
     encoder = Encoder(copy.deepcopy(model).to(dtype), protocol, precision)
     size = encoder.size(documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from datamodules.packed_memory import PackedMemory
 from datamodules.tasks.corpus import AnswerTask, CorpusTask, RetrievalTask
 from msa_train.errors import UserError
 from msa_train.evaluation.task import Memory
-from msa_train.memory.segment import source_of
 from tests.conftest import write_corpus
 from tests.datamodules.corpora import LIMIT, write_instructions, write_tangled_corpus
 
 LENGTHS = (700, 1500, 3100, 6300)
+
+
+def source_of(name: str) -> str:
+    """The document that a name tells of, where it is a part's."""
+    return re.sub(r"#[0-9]+$", "", name)
 
 
 @pytest.fixture(scope="module")

@@ -89,10 +89,9 @@ def large_bank(bank: MemoryBank, chunks: int) -> MemoryBank:
     )
     lengths = torch.tensor([1, chunks - 1])
     ids, texts = Strings.of(["small", "large"]), Strings.of(["few", "many"])
-    tokens = lengths * shape.chunk_size
-    return MemoryBank(
-        shape, [Segment(torch.tensor([1, 2]), tokens, offsets_of(lengths), ids, texts, layers, torch.ones(2) > 0)]
-    )
+    tokens, whole = lengths * shape.chunk_size, torch.tensor([5, 5], dtype=torch.int32)
+    numbers, live = torch.tensor([1, 2]), torch.ones(2) > 0
+    return MemoryBank(shape, [Segment(numbers, tokens, offsets_of(lengths), ids, whole, texts, layers, live)])
 
 
 def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -72,7 +72,7 @@ def test_another_files_content_is_found(folder: BankFolder, shard: Path, tmp_pat
 @pytest.mark.parametrize(
     "change",
     [
-        put("format", value=2), put("format", value="1"), put("shape", value=None), put("segments", value={}),
+        put("format", value=1), put("format", value="1"), put("shape", value=None), put("segments", value={}),
         put("segments", value=None), put("next_number", value="20"), put("next_number", value=0),
         put("next_number", value=5), put("next_number", value=2**40), put("next_number", value=True),
         put("documents", value=18), put("documents", value=-1), put("tokens", value=1.5),
@@ -95,6 +95,11 @@ def test_another_files_content_is_found(folder: BankFolder, shard: Path, tmp_pat
 def test_a_manifest_with_a_wrong_entry_is_refused(folder: BankFolder, change: Callable[[Any], None]) -> None:
     rewrite(folder, change)
     refused(folder, str(folder.path))
+
+
+def test_a_bank_of_the_format_before_is_encoded_again(folder: BankFolder) -> None:
+    rewrite(folder, put("format", value=1))
+    refused(folder, str(folder.path / MANIFEST), "a bank of another format; encode it again with this version")
 
 
 def test_a_segment_is_in_a_bank_once(folder: BankFolder) -> None:
@@ -125,8 +130,8 @@ def test_a_manifest_names_no_file_outside_its_folder(folder: BankFolder, shard: 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"null", b"[]", b"3", b"\xff\xfe\x00", b"\x80abc", b"[" * 200_000, b'{"format": 1' + b"0" * 5000 + b"}",
-     b'{"format": 1}', b'{"format": 1, "format": 2}', b"NaN"],
+    [b"", b"{", b"null", b"[]", b"3", b"\xff\xfe\x00", b"\x80abc", b"[" * 200_000, b'{"format": 2' + b"0" * 5000 + b"}",
+     b'{"format": 2}', b'{"format": 2, "format": 1}', b"NaN"],
     ids=range(12),
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_refused(folder: BankFolder, content: bytes) -> None:

@@ -189,6 +189,18 @@ def test_a_number_out_of_range_does_not_pass(fuzzed: Fuzzed, number: int) -> Non
     (folder.path / MANIFEST).write_bytes(manifest)
 
 
+@pytest.mark.parametrize("end", [-1, 3, 2**31 - 1])
+def test_a_part_whose_name_is_shorter_than_its_documents_does_not_pass(fuzzed: Fuzzed, end: int) -> None:
+    """The names are of two letters."""
+    folder, _, shard, whole = fuzzed
+    length = int.from_bytes(whole[:8], "little")
+    start, _ = (8 + length + offset for offset in json.loads(whole[8 : 8 + length])["source_ends"]["data_offsets"])
+    shard.write_bytes(whole[:start] + end.to_bytes(4, "little", signed=True) + whole[start + 4 :])
+    with pytest.raises(UserError, match=f"{shard}: damaged: the name of a part"):
+        folder.open()
+    shard.write_bytes(whole)
+
+
 def test_offsets_that_wrap_around_do_not_pass(fuzzed: Fuzzed) -> None:
     """Every difference of these is positive in 64 bits."""
     folder, _, shard, whole = fuzzed

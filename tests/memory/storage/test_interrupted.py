@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import signal
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,7 @@ def test_a_killed_encoding_goes_on(
     assert files(folder).keys() == {MANIFEST, *listed(folder)}
 
 
-@pytest.mark.parametrize("kind", ["order", "text", "id", "tokens", "fewer", "model"])
+@pytest.mark.parametrize("kind", ["order", "text", "id", "source", "tokens", "fewer", "model"])
 def test_other_documents_or_another_model_are_encoded_anew(
     model: MemorySparseModel, encoder: Encoder, protocol: Protocol, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     kind: str,
@@ -159,6 +161,8 @@ def test_other_documents_or_another_model_are_encoded_anew(
         documents[place] = replace(documents[place], text="Other words.")
     elif kind == "id":
         documents[place] = replace(documents[place], id="other")
+    elif kind == "source":
+        documents[place] = replace(documents[place], source="" if documents[place].source else "d")
     elif kind == "tokens":
         documents[place] = replace(documents[place], tokens=documents[place].tokens[:-1])
     elif kind == "fewer":
@@ -200,13 +204,65 @@ def test_what_is_damaged_of_a_broken_off_encoding_is_encoded_anew(
     elif damage == "cut":
         second.write_bytes(second.read_bytes()[:-9])
     else:
-        wrong = {"garbage": "\x00{", "nested": "[" * 100_000, "list": "[]", "entry": '{"format": 1, "segments": [3]}'}
+        wrong = {"garbage": "\x00{", "nested": "[" * 100_000, "list": "[]", "entry": '{"format": 2, "segments": [3]}'}
         file.write_text(wrong[damage])
     encoded = counting(monkeypatch)
     folder.encode(encoder, documents)
     assert len(encoded) == 19 - kept
     assert_same(folder.open(), wanted)
     assert files(folder).keys() == {MANIFEST, *listed(folder)}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 5, 6])
+def test_a_broken_off_change_leaves_a_whole_bank_and_goes_on(
+    folder: BankFolder, wanted: MemoryBank, encoder: Encoder, protocol: Protocol, monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:  # fmt: skip
+    """Four documents are new, two are replaced, one is too many; each is a segment."""
+    monkeypatch.setattr(encoding, "SEGMENT_BYTES", 1)
+    new, changed = passages(protocol, range(30, 34)), passages(protocol, [17, 2], " Changed.")
+    with monkeypatch.context() as patch:
+        done = counting(patch)
+        honest = Encoder._encode
+
+        def failing(self: Encoder, batch: list[Any], shape: Any) -> Segment:
+            if len(done) == after:
+                raise KeyboardInterrupt
+            return honest(self, batch, shape)
+
+        patch.setattr(Encoder, "_encode", failing)
+        with pytest.raises(KeyboardInterrupt) if after < 6 else nullcontext():
+            folder.change(encoder, new, changed, ["d5"])
+    assert verified(folder) > 0
+    left = folder.open()
+    assert len(left) == (19 + after if after < 5 else 23 - after // 6)
+    assert left.has("d5") == (after < 6) and left.text(3) == (wanted.text(3) if after < 5 else changed[1].text)
+    if after < 6:
+        rest = [document for document in new if not left.has(document.id)]
+        folder.change(encoder, rest, changed, ["d5"])
+    encoder.add(wanted, new)
+    encoder.replace(wanted, changed)
+    wanted.remove(["d5"])
+    assert_same(folder.open(), wanted)
+    assert files(folder).keys() == {MANIFEST, *listed(folder)}
+
+
+def test_a_change_does_not_keep_in_memory_what_it_has_saved(
+    folder: BankFolder, encoder: Encoder, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "SEGMENT_BYTES", 1)
+    held: list[weakref.ref[torch.Tensor]] = []
+    honest = Encoder.encode
+
+    def watched(*given: Any) -> Iterator[Segment]:
+        for segment in honest(*given):
+            held.append(weakref.ref(segment.layers[0].key_CGW))
+            assert sum(tensor() is not None for tensor in held) <= 2, "the one that is saved, and the one before"
+            yield segment
+
+    monkeypatch.setattr(Encoder, "encode", watched)
+    folder.change(encoder, passages(protocol, range(30, 40)), passages(protocol, range(5), " Changed."), [])
+    assert len(held) == 15
 
 
 def test_a_bank_is_not_encoded_over(folder: BankFolder, encoder: Encoder, protocol: Protocol) -> None:
