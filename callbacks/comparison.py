@@ -1,4 +1,4 @@
-"""Comparing runs: the latest evaluation of each, in one table per task and one figure.
+"""Comparing runs: of each the latest evaluation that asked its model, in one table per task and one figure.
 
 Lengths are compared as tokens, whatever each run was trained on. A baseline that several runs have stands there once
 for each, since its backbone may be another.
@@ -42,7 +42,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> None:
         report = Report.open(folder)
         if not report.evaluations:
             raise UserError(f"{folder}: its report holds no evaluation yet")
-        latest[name] = report.evaluations[-1]
+        latest[name] = report.latest
     metrics = {task: metric for one in latest.values() for task, metric in one.metrics.items()}
     parts = [f"# {', '.join(names)}\n"]
     for task, metric in metrics.items():

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from rich import get_console
 
 from callbacks.figures import draw_curves, draw_depths
 from callbacks.parts import packed_memory, parts, undisturbed, whole
 from callbacks.throughput import Throughput
-from datamodules import PackedMemory
+from datamodules import NeedleTask, PackedMemory
 from datamodules.lexical import BM25Retriever
+from msa_train.backbone import open_config
 from msa_train.errors import UserError
 from msa_train.evaluation import Task
-from msa_train.evaluation.baselines import Backbone, FullAttention, Retrieving
-from msa_train.evaluation.evaluate import Evaluator, Record, Row
+from msa_train.evaluation.baselines import ENDLESS, Backbone, FullAttention, Retrieving
+from msa_train.evaluation.evaluate import Evaluator, Row
 from msa_train.evaluation.judge import Judge, JudgeConfig
-from msa_train.evaluation.methods import Method, Routed
+from msa_train.evaluation.methods import ROUTER, Method, Routed
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.report import FILE, TABLES, Evaluation, Report, label, parse_length
 from msa_train.evaluation.retrieval import Retriever
@@ -54,8 +58,9 @@ class ExtrapolationEvaluation(L.Callback):
     """Evaluates tasks over memories of many lengths, during training and at its end.
 
     Writes report.json, report.md, figures and `answers-STEP.jsonl` (every question of an evaluation, what was found and
-    answered, and its scores) into the run's folder; scalars, curve, depth heat map and tables go to TensorBoard.
-    `msa-train test` runs it alone, on a trained checkpoint.
+    answered, and its scores) into the run's folder; scalars, curve, depth heat map and tables go to TensorBoard. Tables
+    and figures are of the evaluation that was made last. `msa-train test` runs it alone, on a trained checkpoint; with
+    `trainer.fast_dev_run` it writes nothing.
 
     Args:
         tasks: What is asked: datamodules.RetrievalTask, datamodules.AnswerTask, datamodules.NeedleTask.
@@ -67,7 +72,8 @@ class ExtrapolationEvaluation(L.Callback):
             `bm25` or a `dense` retriever in front of the backbone; the backbone with `full_attention` on everything,
             as far as its positions go, or `full_attention_beyond` them.
         router: Ask the model itself. Without it `msa-train test` asks the baselines alone: no training changes their
-            scores, and those of retrievers and of full attention hold for every run on the same backbone.
+            scores, and those of retrievers and of full attention hold for every run on the same backbone. The report
+            keeps them beside the run's own evaluations, in the place of none.
         dense_model: Folder or hub name of the dense retriever's model, for sentence-transformers.
         ask: How questions are answered. Retrieving baselines read as many documents.
         keys: Precision of the routing keys.
@@ -121,6 +127,8 @@ class ExtrapolationEvaluation(L.Callback):
             raise UserError("ExtrapolationEvaluation: router: false leaves nothing to watch in training: ask the "
                             "baselines in `msa-train test`")  # fmt: skip
         self._open(data)
+        if self.router or "untrained" in self.baselines:
+            self._check_documents(data, module)
         # earlier evaluations stand in the run's folder, and outlive a resume there
         folder, trained = Path(trainer.default_root_dir), data.packing.document_tokens
         earlier = Report.open(folder).evaluations if (folder / FILE).is_file() else []
@@ -128,8 +136,8 @@ class ExtrapolationEvaluation(L.Callback):
         if "dense" in self.baselines:
             self._dense("cpu")  # a package or a model that is missing is told now
         if self.judge is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._judge = Judge(self.judge, folder / GRADES)  # and so is a key
+            trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+            self._judge = Judge(self.judge, Path(os.devnull) if trial else folder / GRADES)  # and so is a key
 
     def examine(self, data: PackSource) -> list[Finding]:
         """What the doctor says of it.
@@ -163,7 +171,46 @@ class ExtrapolationEvaluation(L.Callback):
             next(task.trials(self.lengths[0]))  # a memory too short for what is asked is told now
         self._opened = True
 
+    def _check_documents(self, data: PackedMemory, module: MemorySparseModule) -> None:
+        """Refuses a task with a document, in its pool or its first memory, that is longer than the model's positions.
+
+        Raises:
+            UserError: Such a document, and the setting that cuts it.
+        """
+        positions = getattr(open_config(module.blueprint.backbone), "max_position_embeddings", ENDLESS)
+        for task in self.tasks:
+            # a haystack without an end is cut alike from its beginning, and to cut a long one takes a while
+            pool = task.pool(self.lengths[0 if task.reach() is None else -1])
+            own = next(task.trials(self.lengths[0])).own
+            numbered = chain(enumerate(pool, start=1), own.items())
+            number, longest = max(numbered, key=lambda one: len(one[1].tokens))
+            tokens = len(longest.tokens) + data.protocol.wrapping(number)
+            if tokens > positions:
+                setting = "document_tokens" if isinstance(task, NeedleTask) else "data.max_document_tokens"
+                raise UserError(
+                    f"task '{task.name}': document '{longest.id}' has {tokens:,} tokens with its number, the model has "
+                    f"{positions:,} positions: lower {setting}"
+                )
+
     # --- when ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the evaluations of steps that are taken again: what they measured was given up."""
+        _, module = parts(trainer, pl_module, self)
+        assert self.report is not None
+        step = module.steps_done()
+        gone = [one for one in self.report.evaluations if one.step > step]
+        self.report = self.report.until(step)
+        if not gone or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.default_root_dir)
+        files = [_answers(one) for one in gone]
+        if self.report.evaluations:
+            self._write(folder, self.report.latest)
+        else:
+            files += [FILE, TABLES, CURVES, DEPTHS]
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -200,35 +247,29 @@ class ExtrapolationEvaluation(L.Callback):
             if isinstance(callback, Throughput):
                 callback.pause()
         step, started = module.steps_done(), time.monotonic()
-        folder = Path(trainer.default_root_dir)
         ranks = Ranks.here()
         assert self.report is not None
-        metrics = headlines(self.tasks)
-        tell = partial(_tell, step=step, metrics=metrics)
+        tell = partial(_tell, step=step, metrics=headlines(self.tasks))
         lengths = self.lengths[:1] if trainer.fast_dev_run else self.lengths  # type: ignore[attr-defined]
         guard = _guard(trainer)
         evaluator = Evaluator(
             self.tasks, lengths, self.report.k, self.budget_s, self._judge, ranks, tell,
             stop=lambda: guard is not None and guard.told,
         )  # fmt: skip
+        publish = partial(self._publish, trainer, evaluator, step, started)
         try:
             with whole(module), undisturbed(trainer, module):
-                rows, records = evaluator.run(self._methods(trainer, module, baselines, ranks))
+                evaluator.run(self._methods(trainer, module, baselines, ranks))
+        except Exception:  # raised on all ranks, whichever failed
+            ranks.together(publish)
+            raise
+        else:
+            ranks.together(publish)  # all wait for the first one: who leaves before it may end it
         finally:
             ranks.close()
             gc.collect()
             if module.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if trainer.is_global_zero:
-            seconds, cut = time.monotonic() - started, evaluator.stopped
-            evaluation = Evaluation(step, seconds, self._settings(), rows, metrics, cut)
-            earlier = next((one for one in self.report.evaluations if one.step == step), None)
-            keep = earlier is not None and (not earlier.cut or earlier.measured > evaluation.measured)
-            if not cut or (records and not keep):
-                self.report = self.report.with_evaluation(evaluation)
-                self._publish(trainer, folder, evaluation, records)
-        if evaluator.stopped:
-            trainer.strategy.barrier()  # who leaves first may end the others
         return evaluator.stopped
 
     def _methods(
@@ -248,14 +289,14 @@ class ExtrapolationEvaluation(L.Callback):
             return Backbone(untouched().backbone, protocol, self.ask.max_new_tokens, beyond=beyond)
 
         makers: dict[str, Callable[[], Method]] = {
-            "router": lambda: Routed("router", module.net, protocol, self.ask, shares, self.keys, ranks),
+            ROUTER: lambda: Routed(ROUTER, module.net, protocol, self.ask, shares, self.keys, ranks),
             "untrained": lambda: Routed("untrained router", untouched(), protocol, self.ask, None, self.keys, ranks),
             "bm25": lambda: Retrieving(BM25Retriever(), reader(), self.ask.documents, ranks),
             "dense": lambda: Retrieving(self._dense(str(module.device)), reader(), self.ask.documents, ranks),
             "full_attention": lambda: FullAttention(reader(), ranks),
             "full_attention_beyond": lambda: FullAttention(reader(True), ranks, "full attention beyond"),
         }
-        return {name: makers[name] for name in (*(["router"] if self.router else []), *baselines)}
+        return {name: makers[name] for name in (*([ROUTER] if self.router else []), *baselines)}
 
     def _dense(self, device: str) -> Retriever:
         from datamodules.dense import DenseRetriever  # its package is optional
@@ -275,28 +316,52 @@ class ExtrapolationEvaluation(L.Callback):
 
     # --- telling ------------------------------------------------------------------------------------------------
 
-    def _publish(self, trainer: L.Trainer, folder: Path, evaluation: Evaluation, records: list[Record]) -> None:
+    def _publish(self, trainer: L.Trainer, evaluator: Evaluator, step: int, started: float) -> None:
+        """Tells and keeps what was measured, on the first rank; what was cut short gives way to what has more."""
+        if not trainer.is_global_zero:
+            return
         assert self.report is not None
-        self.report.save(folder)
-        with (folder / f"answers-{evaluation.step}.jsonl").open("w", encoding="utf-8") as handle:
-            for record in records:
+        seconds, metrics = time.monotonic() - started, headlines(self.tasks)
+        evaluation = Evaluation(step, seconds, self._settings(), evaluator.rows, metrics, cut=not evaluator.whole)
+        earlier = next((one for one in self.report.evaluations if one.name == evaluation.name), None)
+        keep = earlier is not None and (not earlier.cut or earlier.measured > evaluation.measured)
+        if evaluation.cut and (keep or not evaluator.records):
+            return
+        # the progress bar's own: what is printed beside it would be overwritten
+        say = partial(get_console().print, soft_wrap=True, highlight=False)
+        if self._judge is not None:
+            say(self._judge.spent.told())
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.report = self.report.with_evaluation(evaluation)
+        folder = Path(trainer.default_root_dir)
+        curves, depths = self._write(folder, evaluation)
+        with (folder / _answers(evaluation)).open("w", encoding="utf-8") as handle:
+            for record in evaluator.records:
                 handle.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-        curves, depths = draw_curves(self.report, evaluation), draw_depths(self.report, evaluation)
-        curves.savefig(folder / CURVES, dpi=120)
-        depths.savefig(folder / DEPTHS, dpi=120)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                board, step = logger.experiment, evaluation.step
+                board = logger.experiment
                 for name, value in _scalars(evaluation).items():
                     board.add_scalar(f"extrapolation/{name}", value, step)
                 board.add_figure("extrapolation/curve", curves, step)
                 board.add_figure("extrapolation/depth", depths, step)
-                board.add_text("extrapolation/report", self.report.markdown(), step)
-        say = get_console().print  # the progress bar's own: what is printed beside it would be overwritten
-        if self._judge is not None:
-            say(self._judge.spent.told(), soft_wrap=True, highlight=False)
+                board.add_text("extrapolation/report", self.report.markdown(evaluation), step)
         for what, place in (("curves", CURVES), ("depths", DEPTHS), ("tables", TABLES), ("numbers", FILE)):
-            say(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
+            say(f"{what:<12}{folder / place}")
+
+    def _write(self, folder: Path, evaluation: Evaluation) -> tuple[Figure, Figure]:
+        """Writes the report, with tables and figures of one evaluation; returns the figures."""
+        assert self.report is not None
+        self.report.save(folder, evaluation)
+        curves, depths = draw_curves(self.report, evaluation), draw_depths(self.report, evaluation)
+        curves.savefig(folder / CURVES, dpi=120)
+        depths.savefig(folder / DEPTHS, dpi=120)
+        return curves, depths
+
+
+def _answers(evaluation: Evaluation) -> str:
+    return f"answers-{evaluation.name}.jsonl"
 
 
 def _guard(trainer: L.Trainer) -> Guard | None:
@@ -316,16 +381,15 @@ def _tell(row: Row, step: int, metrics: Mapping[str, str]) -> None:
 
 def _scalars(evaluation: Evaluation) -> dict[str, float]:
     """What TensorBoard gets: of the model by task, of the baselines beside them."""
-    model = evaluation.rows[0].method
     values = {}
     for row in evaluation.rows:
-        task = row.task if row.method == model else f"{row.task}/{row.method.replace(' ', '_')}"
+        task = row.task if row.method == ROUTER else f"{row.task}/{row.method.replace(' ', '_')}"
         if row.scores:
             values[f"{task}/{label(row.length)}"] = row.scores[evaluation.metrics[row.task]].value
         if "gold_recall" in row.scores:
             values[f"{task}/gold_recall/{label(row.length)}"] = row.scores["gold_recall"].value
     for task in evaluation.metrics:
-        lost = evaluation.lost(task, model)
+        lost = evaluation.lost(task, ROUTER)
         if lost is not None:
             values[f"{task}/lost_percent"] = lost
     return values

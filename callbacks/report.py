@@ -7,7 +7,10 @@ same packs.
 from __future__ import annotations
 
 import json
+import math
 import time
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ class BeforeAfterReport(L.Callback):
         self.before = state["before"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the untrained router, unless the run goes on from a checkpoint."""
+        """Measures the router that the run starts with, unless it goes on from a checkpoint that has that."""
         if not self.before:
             self.before = {split: vars(found) for split, (found, _) in self._evaluate(trainer, pl_module).items()}
 
@@ -71,8 +74,13 @@ class BeforeAfterReport(L.Callback):
         assert data.data is not None
         k = module.msa.top_k
         bm25 = {split: bm25_recall(packs, data.data, k) for split, (_, packs) in after.items()}
-        folder = Path(trainer.default_root_dir)
         report = self._report({split: found for split, (found, _) in after.items()}, bm25)
+        print_report(report)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(trainer, report)
+
+    def _write(self, trainer: L.Trainer, report: dict[str, Any]) -> None:
+        folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NUMBERS).write_text(json.dumps(report, indent=1) + "\n")
         figure = draw(report)
@@ -80,7 +88,10 @@ class BeforeAfterReport(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("routing/before_after", figure, trainer.global_step)
-        print_report(report, folder)
+        say = partial(get_console().print, soft_wrap=True, highlight=False)
+        for what, place in (("figure", FIGURE), ("numbers", NUMBERS)):
+            say(f"{what:<12}{folder / place}")
+        say(f"{'TensorBoard':<12}tensorboard --logdir {folder}")
 
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule
@@ -98,7 +109,7 @@ class BeforeAfterReport(L.Callback):
             "seconds": round(time.perf_counter() - self.started, 1),
             "splits": {
                 split: {
-                    "before": self.before[split],
+                    "before": self.before.get(split),  # a resumed run may have splits that it did not start with
                     "after": vars(found),
                     "random_recall@1": found.random_recall,
                     "bm25": bm25[split],
@@ -108,8 +119,8 @@ class BeforeAfterReport(L.Callback):
         }
 
 
-def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The tables of a report, and where its files are."""
+def print_report(report: dict[str, Any]) -> None:
+    """The tables of a report."""
     console = get_console()  # the progress bar's own: what is printed beside it would be overwritten
     table = Table(title="Held-out queries, routed over their whole pack: recall@1")
     for name in ("split", "docs", "n", "random", "BM25", "before", "after", "LM loss"):
@@ -122,16 +133,13 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
             str(after["queries"]),
             f"{row['random_recall@1']:.3f}",
             f"{row['bm25']['recall@1']:.3f}",
-            f"{before['routing']['recall@1']:.3f}",
+            f"{before['routing']['recall@1']:.3f}" if before else "–",
             f"[bold]{after['routing']['recall@1']:.3f}[/bold]",
-            f"{before['lm']:.2f} → {after['lm']:.2f}",
+            f"{before['lm']:.2f} → {after['lm']:.2f}" if before else f"– → {after['lm']:.2f}",
         )
     console.print(table)
     if any(len(row["after"]["steps"]) > 1 for row in report["splits"].values()):
         console.print(_steps_table(report))
-    for what, place in (("figure", FIGURE), ("numbers", NUMBERS)):
-        console.print(f"{what:<12}{folder / place}", soft_wrap=True, highlight=False)
-    console.print(f"{'TensorBoard':<12}tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
 
 
 def _steps_table(report: dict[str, Any]) -> Table:
@@ -139,23 +147,22 @@ def _steps_table(report: dict[str, Any]) -> Table:
     for name in ("split", "step", "n", "before", "after"):
         table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for split, row in report["splits"].items():
-        for number, (before, after) in enumerate(
-            zip(row["before"]["steps"], row["after"]["steps"], strict=True), start=1
-        ):
-            table.add_row(
-                split, str(number), str(after["queries"]), f"{before['recall@1']:.3f}",
-                f"[bold]{after['recall@1']:.3f}[/bold]",
-            )  # fmt: skip
+        known = [f"{step['recall@1']:.3f}" for step in row["before"]["steps"]] if row["before"] else []
+        befores = chain(known, repeat("–"))
+        for number, (before, after) in enumerate(zip(befores, row["after"]["steps"], strict=False), start=1):
+            told = f"[bold]{after['recall@1']:.3f}[/bold]"
+            table.add_row(split, str(number), str(after["queries"]), before, told)
     return table
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Recall before and after beside its baselines, as a matplotlib figure."""
+    """Recall before and after beside its baselines, as a matplotlib figure; no bar where there is no before."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    befores = [row["before"] for row in report["splits"].values()]
     series = {
         "random": ([row["random_recall@1"] for row in report["splits"].values()], "#c8c8c8"),
-        "untrained router": ([row["before"]["routing"]["recall@1"] for row in report["splits"].values()], "#9ecae1"),
+        "before training": ([one["routing"]["recall@1"] if one else math.nan for one in befores], "#9ecae1"),
         "BM25": ([row["bm25"]["recall@1"] for row in report["splits"].values()], "#fdae6b"),
         "trained router": ([row["after"]["routing"]["recall@1"] for row in report["splits"].values()], "#08519c"),
     }

@@ -483,7 +483,8 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} cannot be made: {standing} is a file; give another --runs or --name")
     if not os.access(standing, os.W_OK):
         raise UserError(f"{folder} cannot be written: {standing} is read-only; give another --runs")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # TensorBoard's file alone is what a start leaves that a callback refused
+    if not folder.is_dir() or all(file.name.startswith("events.out.tfevents") for file in folder.iterdir()):
         return
     if not overwrite:
         raise UserError(

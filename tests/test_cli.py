@@ -68,6 +68,14 @@ def test_an_existing_run_is_kept(tiny_run: Arguments, tmp_path: Path) -> None:
         assert (tmp_path / "other" / "thesis.tex").exists()
 
 
+def test_a_start_that_a_callback_refused_is_no_run(tiny_run: Arguments, tmp_path: Path) -> None:
+    """TensorBoard has begun its file by then."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "events.out.tfevents.1.host.2.0").touch()
+    run(tiny_run(tmp_path, steps=1))
+    assert newest(tmp_path / "tiny")["global_step"] == 1
+
+
 def test_a_run_is_not_written_through_a_link(tiny_run: Arguments, tmp_path: Path) -> None:
     run(tiny_run(tmp_path, steps=1))
     (tmp_path / "empty").mkdir()

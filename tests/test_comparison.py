@@ -44,6 +44,16 @@ def test_every_run_method_and_length_is_in_table_and_file(
     assert (tmp_path / "out" / "both.png").stat().st_size > 10_000
 
 
+def test_a_run_is_shown_by_its_last_evaluation_that_asked_the_model(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one", [0.75, 0.5])
+    report = Report.open(run)
+    (asked,) = report.evaluations
+    alone = [row for row in asked.rows if row.method != "router"]
+    report.with_evaluation(Evaluation(9, 1.0, {}, alone, asked.metrics)).save(run)
+    cli.build(["report", str(run), "--out", str(tmp_path / "out")])
+    assert "| one | 7 | router | 0.750" in (tmp_path / "out.md").read_text()
+
+
 def test_tasks_of_single_runs_have_tables_of_their_own(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one", [0.75]), write_run(tmp_path / "two", [0.5], task="facts")
     cli.build(["report", str(one), str(two), "--out", str(tmp_path / "both")])

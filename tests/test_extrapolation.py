@@ -23,7 +23,7 @@ from msa_train.evaluation.report import Evaluation, Report
 from msa_train.evaluation.scores import Mean
 from msa_train.evaluation.task import Trial
 from msa_train.guard import REQUEUE
-from tests.conftest import newest
+from tests.conftest import TINY_BACKBONE, newest
 from tests.test_training import start
 
 Arguments = Callable[..., list[str]]
@@ -177,7 +177,9 @@ def test_what_it_leaves_behind(tiny_run: Arguments, tmp_path: Path, capsys: pyte
 
 
 def test_testing_a_checkpoint_measures_what_training_did(tiny_run: Arguments, tmp_path: Path) -> None:
-    flags = evaluated([RANKED, NEEDLE, ANSWERED, KEYS], lengths=["512", "1K"])
+    shape = tmp_path / "config.json"  # a question about needles, answered, needs more than 512 positions
+    shape.write_text(json.dumps({**TINY_BACKBONE, "max_position_embeddings": 1024}))
+    flags = {"model.backbone": shape, **evaluated([RANKED, NEEDLE, ANSWERED, KEYS], lengths=["512", "1K"])}
     cli.build(["fit", *tiny_run(tmp_path, steps=10, **flags)])
     trained = cells(tmp_path / "tiny")
     (tmp_path / "tiny" / "report.json").unlink()
@@ -277,6 +279,99 @@ def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_pa
         assert cells(tmp_path / "parts", place) == cells(tmp_path / "whole", place)
 
 
+def watch_figures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the evaluations that figures are drawn of."""
+    drawn: list[str] = []
+
+    def watched(draw: Callable[[Report, Evaluation], Any]) -> Callable[[Report, Evaluation], Any]:
+        return lambda report, evaluation: drawn.append(evaluation.name) or draw(report, evaluation)
+
+    monkeypatch.setattr(extrapolation, "draw_curves", watched(draw_curves))
+    monkeypatch.setattr(extrapolation, "draw_depths", watched(draw_depths))
+    return drawn
+
+
+@pytest.mark.parametrize(("first", "kept"), [(4, [2, 4]), (1, [])])
+def test_a_run_that_goes_back_gives_up_what_it_evaluated_later(
+    first: int, kept: list[int], tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {**evaluated(every_n_steps=2, baselines=[]), "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 9}
+    cli.build(["fit", *tiny_run(tmp_path, steps=6, **flags)])
+    folder = tmp_path / "tiny"
+    assert [one.step for one in Report.open(folder).evaluations] == [2, 4, 6]
+    drawn = watch_figures(monkeypatch)
+    back = {**flags, **evaluated(at_end=False, baselines=[]), "ckpt_path": folder / f"step={first}.ckpt"}
+    cli.build(["fit", *tiny_run(tmp_path, steps=6, **back, **{"trainer.max_steps": first + 1})])
+    assert sorted(path.name for path in folder.glob("answers-*")) == [f"answers-{step}.jsonl" for step in kept]
+    names = ("report.json", "report.md", "extrapolation.png", "depth.png")
+    assert [(folder / name).is_file() for name in names] == [bool(kept)] * 4
+    if kept:
+        assert [one.step for one in Report.open(folder).evaluations] == kept
+        assert (folder / "report.md").read_text().startswith(f"# Extrapolation after {kept[-1]} steps\n")
+    assert drawn == [str(step) for step in kept[-1:] for _ in range(2)]
+
+
+def test_tables_and_figures_are_of_the_evaluation_that_was_made_last(
+    tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = watch_figures(monkeypatch)
+    flags = {**evaluated(every_n_steps=2, baselines=[]), "checkpoint.every_n_train_steps": 2}
+    cli.build(["fit", *tiny_run(tmp_path, steps=4, **flags)])
+    folder = tmp_path / "tiny"
+    own = contents(folder)
+    alone = evaluated(router=False, baselines=["bm25"])
+    cli.build(["test", *tiny_run(tmp_path, steps=4, ckpt_path="last", **alone)])
+    tables = (folder / "report.md").read_text()
+    assert drawn == ["2", "2", "4", "4", "4-baselines", "4-baselines"]
+    assert "| BM25 |" in tables and "| router |" not in tables
+    report = Report.open(folder)
+    assert [one.name for one in report.evaluations] == ["2", "4", "4-baselines"] and report.latest.step == 4
+    assert (folder / "answers-4.jsonl").read_bytes() == own["answers-4.jsonl"]
+    assert (folder / "answers-4-baselines.jsonl").is_file()
+    cli.build(["test", *tiny_run(tmp_path, steps=4, ckpt_path=folder / "step=2.ckpt", **flags)])
+    assert drawn[6:] == ["2", "2"] and (folder / "report.md").read_text().startswith("# Extrapolation after 2 steps\n")
+
+
+class Faulty(RetrievalTask):
+    """Its second length fails on one rank.
+
+    Args:
+        rank: Which.
+    """
+
+    def __init__(self, rank: int, **given: Any) -> None:
+        super().__init__(**given)
+        self.rank = rank
+
+    def trials(self, length: int) -> Iterator[Trial]:
+        if length > 256 and int(os.environ.get("LOCAL_RANK", "0")) == self.rank:
+            raise ZeroDivisionError("ours")
+        yield from super().trials(length)
+
+
+def faulty(rank: int) -> dict[str, Any]:
+    return {"class_path": "tests.test_extrapolation.Faulty", "init_args": {**RANKED["init_args"], "rank": rank}}
+
+
+def test_what_was_measured_outlives_a_failure(tiny_run: Arguments, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.build(["fit", *tiny_run(tmp_path, steps=2, **evaluated([faulty(0)], baselines=["bm25"]))])
+    folder = tmp_path / "tiny"
+    (cut,) = Report.open(folder).evaluations
+    assert cut.cut and [(row.method, row.length, row.scores["recall@1"].n) for row in cut.rows] == [("router", 256, 7)]
+    assert len((folder / "answers-2.jsonl").read_text().splitlines()) == 7
+    assert "or failed; `msa-train test` makes it anew" in (folder / "report.md").read_text()
+
+
+def test_what_was_measured_outlives_a_failure_of_another_rank(tiny_run: Arguments, tmp_path: Path) -> None:
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.use_distributed_sampler": "false"}
+    done = start(tiny_run(tmp_path, steps=2, **two, **evaluated([faulty(1)], baselines=["bm25"])), "test")
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr, done.stderr[-2000:]
+    (cut,) = Report.open(tmp_path / "tiny").evaluations
+    assert cut.cut and [(row.method, row.length) for row in cut.rows] == [("router", 256)]
+    assert (tmp_path / "tiny" / "depth.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -292,6 +387,10 @@ def test_a_resumed_run_keeps_its_earlier_evaluations(tiny_run: Arguments, tmp_pa
         ({"judge": {"model": ""}}, "model is empty"),
         ({"judge": {"model": "any", "key_variable": "NO_SUCH_KEY"}}, "NO_SUCH_KEY"),
         ({"baselines": ["dense"], "dense_model": "nowhere"}, "cannot open the embedding model 'nowhere'"),
+        (
+            {"tasks": [{**NEEDLE, "init_args": {"task": "niah_single_1", "document_tokens": 600}}], "lengths": ["1K"]},
+            "task 'niah_single_1': document 'noise-600/1' has 568 .* 512 positions: lower document_tokens",
+        ),
     ],
 )
 def test_mistakes_are_told_before_training(
@@ -300,6 +399,19 @@ def test_mistakes_are_told_before_training(
     with pytest.raises(UserError, match=message):
         cli.build(["fit", *tiny_run(tmp_path, steps=1, **evaluated(**settings))])
     assert not list(tmp_path.glob("tiny/metrics.csv"))
+
+
+def test_a_document_longer_than_the_models_positions_is_told_before_training(
+    tiny_run: Arguments, tmp_path: Path
+) -> None:
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps({**TINY_BACKBONE, "max_position_embeddings": 24}))
+    flags = {"model.backbone": shape}
+    with pytest.raises(UserError, match=r"task 'retrieval_test': .* 24 positions: lower data.max_document_tokens"):
+        cli.build(["fit", *tiny_run(tmp_path, steps=1, **flags, **evaluated())])
+    alone = evaluated(router=False, baselines=["bm25"])
+    cli.build(["test", *tiny_run(tmp_path, steps=1, **flags, **alone)])
+    assert cells(tmp_path / "tiny"), "what has no positions of the model's needs none"
 
 
 def test_the_doctor_knows_which_lengths_have_documents(
@@ -328,9 +440,27 @@ def test_the_doctor_goes_on_where_the_data_cannot_be_opened(
     assert "nowhere" in said and "retrieval_test" in said
 
 
-def test_a_debug_run_looks_at_the_shortest_memory_alone(tiny_run: Arguments, tmp_path: Path) -> None:
-    cli.build(["fit", *tiny_run(tmp_path, **evaluated(), **{"trainer.fast_dev_run": 1})])
-    assert {length for _, _, length in cells(tmp_path / "tiny")} == {256}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_debug_run_asks_the_shortest_memory_alone_and_leaves_no_trace(
+    tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_KEY", "any")
+    told: list[Row] = []
+    monkeypatch.setattr(extrapolation, "_tell", lambda row, **_: told.append(row))
+    flags = evaluated(baselines=["bm25"], judge={"model": "any", "key_variable": "A_KEY"})
+    trial = {**flags, "trainer.fast_dev_run": 1}
+    cli.build(["fit", *tiny_run(tmp_path, **trial)])
+    assert [(row.method, row.length) for row in told] == [("router", 256), ("BM25", 256)]
+    assert not (tmp_path / "tiny").exists(), "a real run may start there"
+    cli.build(["fit", *tiny_run(tmp_path, steps=1, **flags)])
+    before = contents(tmp_path / "tiny")
+    assert {"report.json", "report.md", "extrapolation.png", "depth.png", "answers-1.jsonl"} < set(before)
+    cli.build(["fit", *tiny_run(tmp_path, **trial)])
+    after = contents(tmp_path / "tiny")
+    assert {name: after[name] for name in before} == before
 
 
 def test_rounds_and_single_steps_do_not_measure_twice() -> None:

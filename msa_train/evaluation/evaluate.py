@@ -2,9 +2,9 @@
 
 The shortest memories come first, so that whatever there is time for, there is a curve from its beginning. A cell
 (method, task, length) for which the time would not do is left out with a note, and so are the longer ones; one that
-takes longer than foreseen ends early, with the questions that it came to. Behind the cells of a length come the means
-over tasks. The invariant: apart from where time ends it, a cell's scores depend on the method, the task and the length
-alone.
+takes longer than foreseen ends early, with the questions that it came to; one that a method or a task refuses, or that
+the card has no room for, ends with the reason. Behind the cells of a length come the means over tasks. The invariant:
+apart from where time ends it, a cell's scores depend on the method, the task and the length alone.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
+from typing import TypeVar
+
+import torch
 
 from msa_train.errors import UserError
 from msa_train.evaluation.judge import Judge
-from msa_train.evaluation.methods import Beyond, Method, Reply
+from msa_train.evaluation.methods import Method, Reply, Unmade
 from msa_train.evaluation.pace import Pace
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.scores import RANKED, Mean, found_share, ranking_scores
 from msa_train.evaluation.task import Asked, Memory, Task, means
 
 DEPTHS = 10  # bands of a depth heat map
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,15 @@ class Evaluator:
         assert list(lengths) == sorted(set(lengths)) and len({task.name for task in tasks}) == len(tasks)
         self.tasks, self.lengths, self.k, self.budget_s = tasks, lengths, k, budget_s
         self.judge, self.ranks, self.tell, self.clock, self.stop = judge, ranks, tell, clock, stop
-        self.stopped = False
         self.means = means(tasks)
+        self.rows: list[Row] = []
+        """Cells that are done, on the first rank; they are there whatever ends the run."""
+        self.records: list[Record] = []
+        """Questions of these cells, on the first rank."""
+        self.stopped = False
+        """Whether a rank was told to stop."""
+        self.whole = False
+        """Whether it came to its end."""
 
     def run(self, methods: Mapping[str, Callable[[], Method]]) -> tuple[list[Row], list[Record]]:
         """Every cell's row and every question's record, on the first rank; nothing on the others.
@@ -141,22 +152,22 @@ class Evaluator:
         Args:
             methods: How each is made; a method is let go before the next is made.
         """
-        rows: list[Row] = []
-        records: list[Record] = []
         end = self.clock() + self.budget_s
-        for place, make in enumerate(methods.values()):
+        for place, (name, make) in enumerate(methods.items()):
             if self._told_to_stop():
                 break  # making one may take as long as there is left
             now, others = self.clock(), len(methods) - place - 1
             share = 2 if place == 0 and others else others + 1
-            method = self.ranks.together(make)
+            made, why_not = self._unless_refused(make)
+            method = made or Unmade(name, why_not)
             try:
                 for row, found in self._cells(method, now + (end - now) / share):
-                    rows.append(row)
-                    records.extend(found)
+                    self.rows.append(row)
+                    self.records.extend(found)
             finally:
                 method.close()
-        return rows, records
+        self.whole = not self.stopped
+        return self.rows, self.records
 
     def _cells(self, method: Method, deadline: float) -> Iterator[tuple[Row, list[Record]]]:
         """Cells as they are done, on the first rank."""
@@ -202,17 +213,19 @@ class Evaluator:
     def _cell(self, method: Method, task: Task, length: int, deadline: float) -> _Cell:
         cell, batches = _Cell(), _batches(task, length, method.together)
         started = self.clock()
-        self.ranks.together(lambda: method.prepare(task, length))
+        _, cell.note = self._unless_refused(partial(method.prepare, task, length))
         cell.preparing = self.clock() - started
-        while memories := self.ranks.together(lambda: next(batches, [])):
+        while not cell.note:
+            memories, cell.note = self._unless_refused(partial(next, batches, []))
+            if not memories:
+                break
             late = bool(cell.records) and self.clock() > deadline
             if self._told_to_stop() or self.ranks.told(late):
                 why = "told to stop" if self.stopped else "no time for more questions"
                 cell.note = f"{'ended early' if cell.records else 'left out'}: {why}"
                 break
-            found, note = self._asked(method, task, memories)
-            cell.note = self.ranks.told(note)
-            if cell.note:
+            found, cell.note = self._unless_refused(partial(self._asked, method, task, memories))
+            if found is None:
                 break
             if self.ranks.rank == 0:
                 cell.tokens.extend(memory.trial.tokens for memory in memories)
@@ -220,18 +233,23 @@ class Evaluator:
             cell.records.extend(self.ranks.together(partial(self._records, method, task, length, memories, found)))
         return cell
 
-    def _asked(
-        self, method: Method, task: Task, memories: Sequence[Memory]
-    ) -> tuple[Sequence[Sequence[Reply | list[int]]], str]:
-        def act() -> tuple[Sequence[Sequence[Reply | list[int]]], str]:
-            try:
-                if task.answers:
-                    return method.answer(task, memories), ""
-                return method.rank(task, memories, max(self.k, RANKED)), ""
-            except (Beyond, UserError) as reason:  # a question too long costs its cell, not the run
-                return [], str(reason)
+    def _asked(self, method: Method, task: Task, memories: Sequence[Memory]) -> Sequence[Sequence[Reply | list[int]]]:
+        return method.answer(task, memories) if task.answers else method.rank(task, memories, max(self.k, RANKED))
 
-        return self.ranks.together(act)
+    def _unless_refused(self, act: Callable[[], Result]) -> tuple[Result | None, str]:
+        """What `act` gives on this rank; or, on all ranks where one of them refuses, nothing and the reason."""
+
+        def tried() -> tuple[Result | None, str]:
+            try:
+                return act(), ""
+            except UserError as reason:  # a question too long costs its cell, not the run
+                return None, str(reason)
+            except torch.OutOfMemoryError:
+                return None, "does not fit on the card"
+
+        found, reason = self.ranks.together(tried)
+        reason = self.ranks.anyone(reason)
+        return (None if reason else found), reason
 
     def _records(
         self,

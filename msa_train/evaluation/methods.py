@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from msa_train.errors import UserError
 from msa_train.evaluation.ranks import Ranks
 from msa_train.evaluation.task import Asked, Memory, Task
 from msa_train.generation import Answerer, AskConfig, Bank, Question
@@ -20,6 +21,7 @@ from msa_train.memory import Encoder, MemoryBank, ParallelBank, serve_all
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol
 
+ROUTER = "router"  # names the model itself among the methods
 TOGETHER = 16  # questions that a method gets at a time, at least
 MOST = 64  # questions that a memory-sparse model gets at a time; more would hardly make a question cheaper
 CACHE_BYTES = TOGETHER * 36 * 8 * 128 * 2 * 2  # keys and values of a token in 16 contexts of Qwen3-4B, bfloat16
@@ -43,7 +45,7 @@ class Reply:
     notes: tuple[str, ...] = ()
 
 
-class Beyond(Exception):
+class Beyond(UserError):
     """A memory that a method cannot take, for the reason that the message gives."""
 
 
@@ -87,6 +89,30 @@ class Method(ABC):
         """Lets go of what it holds."""
 
 
+class Unmade(Method):
+    """Stands for a method that could not be made, and takes no memory.
+
+    Args:
+        name: The method's.
+        reason: Why it could not.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def prepare(self, task: Task, length: int) -> None:
+        """Says why."""
+        raise Beyond(self.reason)
+
+    def rank(self, task: Task, memories: Sequence[Memory], k: int) -> Ranking:
+        """Says why."""
+        raise Beyond(self.reason)
+
+    def answer(self, task: Task, memories: Sequence[Memory]) -> list[list[Reply]]:
+        """Says why."""
+        raise Beyond(self.reason)
+
+
 class Routed(Method):
     """A memory-sparse model over a bank.
 
@@ -119,12 +145,16 @@ class Routed(Method):
         self.pools: dict[str, tuple[MemoryBank, int]] = {}  # this rank's share of each, and documents in the whole
 
     def prepare(self, task: Task, length: int) -> None:
-        """Encodes what the pool does not have yet."""
-        bank, known = self.pools.get(task.pool_name, (self.encoder.bank([]), 0))
-        passages = task.pool(length)
-        new = self.ranks.share(range(known, len(passages)))
-        bank.add(self.encoder.encode((place + 1, passages[place]) for place in new))
-        self.pools[task.pool_name] = bank, max(known, len(passages))
+        """Encodes what the pool does not have yet. All ranks' shares grow, or none does: they must stay one pool."""
+
+        def grown() -> tuple[MemoryBank, int]:
+            bank, known = self.pools.get(task.pool_name) or (self.encoder.bank([]), 0)
+            passages, larger = task.pool(length), bank.upto(known)
+            new = self.ranks.share(range(known, len(passages)))
+            larger.add(self.encoder.encode((place + 1, passages[place]) for place in new))
+            return larger, max(known, len(passages))
+
+        self.pools[task.pool_name] = self.ranks.together(grown)
 
     def rank(self, task: Task, memories: Sequence[Memory], k: int) -> Ranking:
         """By the routers' scores."""

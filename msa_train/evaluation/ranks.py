@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from msa_train.errors import UserError
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+CARRIED = (UserError, torch.OutOfMemoryError)  # what they mean, they mean on every rank
 PATIENCE = timedelta(days=1)  # the others wait while the first one writes answers; training's own group keeps its limit
 
 
@@ -54,19 +56,19 @@ class Ranks:
         dist.broadcast_object_list(message, 0, self.group)
         return message[0]
 
-    def anyone(self, value: bool) -> bool:
-        """Whether it is so on any rank. Collective."""
+    def anyone(self, value: Result) -> Result:
+        """What any rank says, of several the first that says something: False and "" say nothing. Collective."""
         if self.world == 1:
             return value
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, self.group)
-        return any(values)
+        return next(filter(None, values), value)
 
     def together(self, act: Callable[[], Result]) -> Result:
         """What `act` gives on this rank; what fails on one of them is raised on all.
 
         Raises:
-            UserError: `act` raised one on some rank.
+            UserError: `act` raised one on some rank; torch.OutOfMemoryError likewise.
             RuntimeError: It raised something else on another rank.
         """
         if self.world == 1:
@@ -77,12 +79,13 @@ class Ranks:
         except Exception as error:  # told to all before it is raised
             failure = error
         failures: list[Any] = [None] * self.world
-        told = failure and (isinstance(failure, UserError), str(failure), "".join(traceback.format_exception(failure)))
+        kind = next((kind for kind in CARRIED if isinstance(failure, kind)), RuntimeError)
+        told = failure and (kind, str(failure), "".join(traceback.format_exception(failure)))
         dist.all_gather_object(failures, told, self.group)
         if failure is not None:
             raise failure
-        for rank, (mistake, text, trace) in ((rank, told) for rank, told in enumerate(failures) if told):
-            raise UserError(text) if mistake else RuntimeError(f"rank {rank}: {trace}")
+        for rank, (kind, text, trace) in ((rank, told) for rank, told in enumerate(failures) if told):
+            raise kind(f"rank {rank}: {trace}" if kind is RuntimeError else text)
         return result
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:

@@ -13,12 +13,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from msa_train.errors import UserError
 from msa_train.evaluation.evaluate import Row
+from msa_train.evaluation.methods import ROUTER
 from msa_train.evaluation.scores import Mean, degradation
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class Evaluation:
         settings: How it was done, for the record.
         rows: Its cells.
         metrics: Headline score of every task and of every mean over tasks, in the order of the tables.
-        cut: It was told to stop before its end: what it left out is no choice of anybody's.
+        cut: It ended before its time, told to stop or by a failure: what it left out is no choice of anybody's.
     """
 
     step: int
@@ -45,6 +46,16 @@ class Evaluation:
     rows: Sequence[Row]
     metrics: Mapping[str, str]
     cut: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether the model itself was asked, and not baselines alone."""
+        return any(row.method == ROUTER for row in self.rows)
+
+    @property
+    def name(self) -> str:
+        """Its step, and whether baselines were asked alone; it takes the place of an earlier one of its name."""
+        return f"{self.step}" if self.routed else f"{self.step}-baselines"
 
     @property
     def measured(self) -> int:
@@ -90,9 +101,18 @@ class Report:
     evaluations: Sequence[Evaluation]
 
     def with_evaluation(self, new: Evaluation) -> Report:
-        """This with one more, in the place of an earlier one of the same step."""
-        kept = [one for one in self.evaluations if one.step != new.step]
-        return Report(self.trained, self.k, sorted([*kept, new], key=lambda one: one.step))
+        """This with one more, in the place of an earlier one of its name."""
+        kept = [one for one in self.evaluations if one.name != new.name]
+        return replace(self, evaluations=sorted([*kept, new], key=lambda one: one.step))
+
+    def until(self, step: int) -> Report:
+        """This without the evaluations of later steps."""
+        return replace(self, evaluations=[one for one in self.evaluations if one.step <= step])
+
+    @property
+    def latest(self) -> Evaluation:
+        """The last evaluation that asked the model itself; where none did, the last one."""
+        return ([one for one in self.evaluations if one.routed] or self.evaluations)[-1]
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
@@ -116,10 +136,15 @@ class Report:
             ],
         )
 
-    def save(self, folder: Path) -> None:
-        """Writes report.json and report.md, each aside and then renamed."""
+    def save(self, folder: Path, shown: Evaluation | None = None) -> None:
+        """Writes report.json and report.md, each aside and then renamed.
+
+        Args:
+            folder: Where.
+            shown: The evaluation of the tables; the latest by default.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in ((FILE, json.dumps(self.json(), indent=1) + "\n"), (TABLES, self.markdown())):
+        for name, text in ((FILE, json.dumps(self.json(), indent=1) + "\n"), (TABLES, self.markdown(shown))):
             aside = folder / f"{name}.writing"
             aside.write_text(text, encoding="utf-8")
             aside.replace(folder / name)
@@ -139,25 +164,27 @@ class Report:
             )
         try:
             report = Report.of(json.loads(file.read_text(encoding="utf-8")))
-            report.markdown()  # what cannot be told is damaged as well
+            for one in report.evaluations:
+                report.markdown(one)  # what cannot be told is damaged as well
         except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{file}: not a report of this version; evaluate the run again") from error
         return report
 
-    def markdown(self) -> str:
-        """The latest evaluation as tables, and the course of training where there are several."""
-        last = self.evaluations[-1]
+    def markdown(self, shown: Evaluation | None = None) -> str:
+        """An evaluation as tables, by default the latest; and the course of training where there are several."""
+        last = shown or self.latest
         parts = [
             f"# Extrapolation after {last.step:,} steps\n",
             f"Trained on packs of {self.trained:,} document tokens. Every value is a mean over n questions with its "
             f"95% bootstrap interval. {last.seconds:.0f} s.\n",
         ]
         if last.cut:
-            parts.append("**Cut short:** it was told to stop; `msa-train test` makes it anew.\n")
+            parts.append("**Cut short:** it was told to stop, or failed; `msa-train test` makes it anew.\n")
         for task, metric in last.metrics.items():
             parts += self._task(last, task, metric)
-        if len(self.evaluations) > 1:
-            parts += _course(self.evaluations)
+        course = [one for one in self.evaluations if one.routed]
+        if last.routed and len(course) > 1:
+            parts += _course(course, last)
         settings = ", ".join(_line(f"{name} {value}") for name, value in last.settings.items() if name != "tasks")
         return "\n".join([*parts, f"Settings: {settings}; k is {self.k}.", ""])
 
@@ -238,16 +265,14 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _course(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The model's headline scores at the longest memory of the last evaluation, over steps."""
-    last = evaluations[-1]
-    model = last.rows[0].method
-    longest = max((row.length for row in last.rows if row.method == model and row.scores), default=0)
+def _course(evaluations: Sequence[Evaluation], last: Evaluation) -> list[str]:
+    """The model's headline scores at the longest memory of one evaluation, over steps."""
+    longest = max((row.length for row in last.rows if row.method == ROUTER and row.scores), default=0)
     rows = []
     for one in evaluations:
-        cells = {row.task: row for row in one.rows if row.method == model and row.length == longest}
+        cells = {row.task: row for row in one.rows if row.method == ROUTER and row.length == longest}
         rows.append([f"{one.step:,}", *(_told(cells.get(task), metric) for task, metric in last.metrics.items())])
-    return [f"## {model} over steps, {label(longest)} tokens of memory\n", table(["step", *last.metrics], rows), ""]
+    return [f"## {ROUTER} over steps, {label(longest)} tokens of memory\n", table(["step", *last.metrics], rows), ""]
 
 
 def _row(values: Mapping[str, Any]) -> Row:

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from msa_train.errors import UserError
 from msa_train.evaluation.evaluate import DEPTHS, Evaluator, Record, Row
 from msa_train.evaluation.methods import TOGETHER, Beyond, Method, Reply, Routed
 from msa_train.evaluation.scores import Mean
-from msa_train.evaluation.task import Asked, Memory, Task, Trial, headlines
+from msa_train.evaluation.task import Asked, Memory, Task, headlines
 from msa_train.generation import AskConfig
 from msa_train.memory import encoding
 from msa_train.model import MemorySparseModel
 from msa_train.protocol import Protocol
-from tests.evaluation.by_hand import Clock, HandTask, ToldMethod, by_id, document, notes, pool, trial, untimed
+from tests.evaluation.by_hand import Clock, HandTask, ToldMethod, by_id, notes, pool, trial, untimed
 from tests.memory.banks import assert_same
 
 LENGTHS = (10, 20, 40)
@@ -484,12 +485,69 @@ def test_what_fails_is_raised_and_the_method_let_go(protocol: Protocol) -> None:
         run([rivers(protocol)], LENGTHS, lambda: ToldMethod(fail, "broken", log=log), lambda: ToldMethod(right))
     assert log == ["broken made", ["q0", "q9", "q12"], "broken closed"]
 
-    class Short(HandTask):
-        def trials(self, length: int) -> Any:
-            raise UserError("a memory of 10 tokens holds no answer: begin with longer ones")
 
-    with pytest.raises(UserError, match="begin with longer"):
-        run([Short([], {10: [Trial(0, {1: document(protocol, 1)}, (), 9)]})], [10], lambda: ToldMethod(right))
+def test_what_was_measured_before_a_failure_is_there(protocol: Protocol) -> None:
+    def fail(memory: Memory, asked: Asked) -> Reply:
+        if len(memory.numbers) > 10:
+            raise ZeroDivisionError("ours")
+        return right(memory, asked)
+
+    evaluator = Evaluator([rivers(protocol)], LENGTHS, 3, 1e6)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        evaluator.run({"first": lambda: ToldMethod(right, "first"), "broken": lambda: ToldMethod(fail, "broken")})
+    measured = [("first", 10), ("first", 20), ("first", 40), ("broken", 10)]
+    assert [(row.method, row.length) for row in evaluator.rows] == measured and not evaluator.whole
+    assert len(evaluator.records) == 3 * len(measured)
+    evaluator = Evaluator([rivers(protocol)], LENGTHS, 3, 1e6)
+    assert evaluator.run({"": lambda: ToldMethod(right)}) == (evaluator.rows, evaluator.records) and evaluator.whole
+
+
+REFUSALS = {
+    UserError("lower per_memory"): "lower per_memory",
+    torch.OutOfMemoryError("CUDA out of memory"): "does not fit on the card",
+}
+
+
+@pytest.mark.parametrize(("error", "note"), REFUSALS.items(), ids=["mistake", "memory"])
+@pytest.mark.parametrize("where", ["trials", "pool", "prepare", "answer"])
+def test_what_a_task_or_a_method_refuses_costs_its_cell_alone(
+    where: str, error: Exception, note: str, protocol: Protocol
+) -> None:
+    def refusing(given: type) -> type:
+        honest = getattr(given, where)
+
+        def act(self: Any, *arguments: Any) -> Any:
+            if 20 in (*arguments, getattr(self, "length", 0)):
+                raise error
+            return honest(self, *arguments)
+
+        return type("Refusing", (given,), {where: act})
+
+    task, method = (refusing(kind) if where in vars(kind) else kind for kind in (HandTask, ToldMethod))
+    whole = rivers(protocol)
+    rows, records = run(
+        [task(whole.passages, whole.listed)], LENGTHS, lambda: method(right), lambda: ToldMethod(right, "next")
+    )  # fmt: skip
+    assert notes(rows)["told", 20] == note and len(rows) == 6
+    spared = {("told", 10), ("told", 40), ("next", 10), ("next", 40)}
+    assert spared <= {(row.method, row.length) for row in rows if row.scores}
+    assert len(records) == 3 * sum(bool(row.scores) for row in rows)
+
+
+@pytest.mark.parametrize(("error", "note"), REFUSALS.items(), ids=["mistake", "memory"])
+def test_a_method_that_cannot_be_made_is_left_out_with_the_reason(
+    error: Exception, note: str, protocol: Protocol
+) -> None:
+    def make() -> Method:
+        raise error
+
+    finding = rivers(protocol, answers=False)
+    ranked = ToldMethod(lambda memory, asked: [1])
+    evaluator = Evaluator([finding], LENGTHS, 3, 1e6)
+    rows, _ = evaluator.run({"untrained": make, "told": lambda: ranked})
+    assert notes(rows) == {("untrained", length): note for length in LENGTHS}
+    assert [(row.method, row.length) for row in rows if row.scores] == [("told", length) for length in LENGTHS]
+    assert evaluator.whole, "and nothing is cut short by it"
 
 
 def test_a_method_is_let_go_before_the_next_is_made_and_every_cell_is_told_at_once(protocol: Protocol) -> None:

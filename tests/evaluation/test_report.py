@@ -75,6 +75,36 @@ def test_an_evaluation_takes_the_place_of_an_earlier_one_of_its_step(report: Rep
     assert len(report.evaluations) == 2, "and is another report"
 
 
+def alone(step: int) -> Evaluation:
+    """Baselines without the router."""
+    whole = evaluation(step)
+    return replace(whole, rows=[one for one in whole.rows if one.method != "router"])
+
+
+def test_baselines_alone_take_the_place_of_no_evaluation_of_the_model(report: Report) -> None:
+    both = report.with_evaluation(alone(700)).with_evaluation(alone(30)).with_evaluation(alone(800))
+    assert [one.name for one in both.evaluations] == ["30", "30-baselines", "700", "700-baselines", "800-baselines"]
+    assert both.latest == report.evaluations[1] and both.with_evaluation(alone(30)) == both
+    assert Report(4 * K, 16, [alone(0), alone(5)]).latest == alone(5), "where nothing else is there"
+    course = tables(both.markdown())[-1]
+    assert [cells[0] for cells in course] == ["step", "30", "700"]
+    told = both.markdown(alone(30))
+    assert told.startswith("# Extrapolation after 30 steps\n") and "over steps" not in told and "| router" not in told
+
+
+def test_a_report_until_a_step_has_no_later_evaluation(report: Report) -> None:
+    assert report.until(699).evaluations == [evaluation(30)] and report.until(700) == report
+    assert report.until(29).evaluations == []
+
+
+def test_tables_are_of_the_evaluation_that_is_shown(report: Report, tmp_path: Path) -> None:
+    first = report.evaluations[0]
+    report.save(tmp_path, first)
+    assert (tmp_path / TABLES).read_text() == report.markdown(first) != report.markdown()
+    assert report.markdown(first).startswith("# Extrapolation after 30 steps\n")
+    assert Report.open(tmp_path) == report
+
+
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
