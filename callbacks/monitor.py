@@ -96,16 +96,13 @@ class RouterMonitor(L.Callback):
         self.history, self.low, self.told = state["history"], state["low"], state["told"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validates before the first step; or where a checkpoint was saved before the validation of its step, which
-        Lightning leaves out when it goes on from there."""
+        """Validates before the first step."""
         if not trainer.enable_validation or trainer.val_dataloaders is None:
             return
         data, module = parts(trainer, pl_module, self)
-        step = trainer.global_step
-        last = max((rows[-1]["step"] for rows in self.history.values()), default=None)
-        if step == 0 or (_was_due(trainer) and last != step):
+        if trainer.global_step == 0:
             self._learn(trainer, self._validate(trainer, module, data.val_splits))
-        if step > 0 and last is None and trainer.is_global_zero:
+        elif not self.history and trainer.is_global_zero:
             warnings.warn(
                 "RouterMonitor: the checkpoint knows of no validation before training, so recall is held against "
                 "nothing. Compare with the curves of routing/recall@1.",
@@ -229,10 +226,3 @@ def _by_layer(values: Mapping[str, Tensor], measure: str) -> Row:
 
 def _name(layer: str) -> str:
     return "all layers together" if layer == OVERALL else f"layer {layer}"
-
-
-def _was_due(trainer: L.Trainer) -> bool:
-    """Whether the step that a resumed run goes on from was one to validate at."""
-    every = trainer.val_check_batch
-    packs = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    return isinstance(every, int) and packs > 0 and packs % every == 0

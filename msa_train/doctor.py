@@ -16,7 +16,7 @@ from typing import Any
 from msa_train.backbone import open_config
 from msa_train.checkpoints import check_resumable
 from msa_train.findings import Finding, attempt
-from msa_train.module import MemorySparseModule
+from msa_train.module import COPIES, MemorySparseModule
 from msa_train.source import PackSource
 from msa_train.strategies import INSTALL, PRECISIONS, zero_arguments
 
@@ -153,13 +153,7 @@ def _schedule(model: MemorySparseModule, trainer: Any, checkpoint_every: int | N
             "run", "validation", f"trainer.val_check_interval {interval:,}: never within {batches:,} packs", "warning",
             "lower it, or nothing watches the router on held-out queries",
         )  # fmt: skip
-    every = trainer.log_every_n_steps
-    if checkpoint_every and every and checkpoint_every % every:
-        yield Finding(
-            "run", "checkpoints", f"every {checkpoint_every} steps, logs every {every}", "warning",
-            "make one a multiple of the other: means between two logs are not in a checkpoint",
-        )  # fmt: skip
-    elif checkpoint_every:
+    if checkpoint_every:
         yield Finding("run", "checkpoints", f"every {checkpoint_every:,} steps")
 
 
@@ -186,12 +180,9 @@ def _strategy(model: MemorySparseModule, trainer: Any, ranks: int) -> Iterator[F
             "run", "strategy", "the phases freeze the backbone for a while, which DDP takes for an error", "error",
             "--trainer.strategy ddp_find_unused_parameters_true",
         )  # fmt: skip
-    smallest = min(phase.backbone_lr for phase in model.timeline.phases)
-    if model.blueprint.weights == "bfloat16" and smallest < 1e-4 and zero is None:
-        yield Finding(
-            "run", "weights", f"bfloat16 without a float32 copy at a rate of {smallest:g}: most updates are lost",
-            "warning", "model.weights float32 with precision bf16-mixed, or msa_train.strategies.ZeRO",
-        )  # fmt: skip
+    lost = model.lost_updates(str(trainer.precision)) if zero is None else None
+    if lost is not None:
+        yield Finding("run", "weights", lost, "warning", COPIES)
     if model.blueprint.weights == "float32" and str(trainer.precision) == "bf16-true" and zero is None:
         yield Finding("run", "weights", "model.weights float32 is overruled by precision bf16-true", "warning",
                       "bf16-mixed keeps float32 weights")  # fmt: skip

@@ -1,7 +1,7 @@
 """What looks after a run that nobody watches: pre-emption, steps that are no numbers, ranks that hang.
 
-The invariant: ranks decide together. A signal that reaches one of them is agreed on at the end of a step, by a word
-from host to host that no device waits for; all then save that very step and leave.
+The invariant: ranks decide together. A signal that reaches one of them is agreed on at the end of a step, or before a
+pack of a validation, by a word from host to host that no device waits for; all then save that very step and leave.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from msa_train.errors import UserError
 from msa_train.folders import folder_of, is_whole, remove
 from msa_train.hang import STACKS, HangWatch
 from msa_train.module import MemorySparseModule, packs_per_step
-from msa_train.saving import Checkpoints
+from msa_train.saving import Checkpoints, spared
 
 REQUEUE = 75  # the exit code that says: start me again (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends them before it takes the machine away
@@ -30,8 +31,9 @@ SKIPPED = "skipped.jsonl"
 class Guard(L.Callback):
     """Looks after a run.
 
-    On SIGTERM or SIGUSR1 the step is finished and saved, and the exit code is 75. An evaluation that is told to stop
-    writes down what it has; in a test the exit code is the same, behind the last step the run ends as it would have.
+    On SIGTERM or SIGUSR1 the step is finished and saved, and the exit code is 75. A validation is broken off, and comes
+    first when the run goes on. An evaluation that is told to stop writes down what it has; in a test the exit code is
+    the same, behind the last step the run ends as it would have.
 
     Args:
         hang_minutes: A step that takes longer ends the job, with the stacks of all ranks in the run's folder.
@@ -61,9 +63,9 @@ class Guard(L.Callback):
         if trainer.is_global_zero:
             remove(run / STACKS)
             if (run / SKIPPED).is_file():
-                rows = [json.loads(line) for line in (run / SKIPPED).read_text(encoding="utf-8").splitlines()]
-                kept = [json.dumps(row) + "\n" for row in rows if row["step"] < trainer.global_step]
-                (run / SKIPPED).write_text("".join(kept), encoding="utf-8")
+                kept = [json.dumps(row) + "\n" for row in _rows(run / SKIPPED) if row["step"] < trainer.global_step]
+                with spared(run / SKIPPED):
+                    (run / SKIPPED).write_text("".join(kept), encoding="utf-8")
         trainer.strategy.barrier()
         self._watch = HangWatch(run / STACKS, trainer.global_rank, trainer.world_size, 60 * self.hang_minutes)
         self._watch.start()
@@ -127,13 +129,19 @@ class Guard(L.Callback):
         assert self._watch is not None and isinstance(pl_module, MemorySparseModule)
         self._watch.idle()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._leaving = self._agreed()
+            self._leaving = self._leaves(trainer)
         if pl_module.logs_after(batch_idx) or self._leaving:
             self._record(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves before a validation."""
         self._leave(trainer, validate_first=True)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Leaves a validation, which may take longer than there is time; who goes on from its step begins with it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._leaving = self._leaves(trainer)
+            self._leave(trainer, validate_first=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the last steps, and has them saved before others evaluate, which may take long or fail."""
@@ -150,6 +158,10 @@ class Guard(L.Callback):
         heard = torch.tensor([float(self.told)])
         torch.distributed.all_reduce(heard, group=self._group)
         return bool(heard.item())
+
+    def _leaves(self, trainer: L.Trainer) -> bool:
+        # nothing goes on from the last step: told then, a run ends as it would have
+        return self._agreed() and trainer.global_step != trainer.max_steps
 
     def _leave(self, trainer: L.Trainer, validate_first: bool) -> None:
         if not self._leaving:
@@ -171,7 +183,7 @@ class Guard(L.Callback):
         count = packs_per_step(trainer, getattr(trainer, "datamodule", None))
         file = Path(trainer.default_root_dir) / SKIPPED
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with file.open("a", encoding="utf-8") as out:
+            with spared(file), file.open("a", encoding="utf-8") as out:
                 for step in skipped:
                     packs = list(range(step * count, (step + 1) * count))
                     out.write(json.dumps({"step": step, "packs": packs}) + "\n")
@@ -181,3 +193,12 @@ class Guard(L.Callback):
                 f"{skipped[-1]}; their packs are in {file}. Lower the learning rates or trainer.gradient_clip_val, or "
                 "look at the packs"
             )
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The skipped steps that a file holds; a line that a kill or a full disk has torn is none."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

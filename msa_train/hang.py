@@ -2,7 +2,8 @@
 
 Collectives wait for the slowest rank, so where one hangs all do, silently, until a timeout half an hour later says that
 somebody waited. Here a thread of every rank watches its steps. The invariant: whoever finds that a step takes too long
-writes its stacks into the run's folder; a rank that finds such a file writes its own; and then all end.
+writes its stacks into the run's folder; a rank that finds such a file writes its own; and then all end, whatever became
+of the files: on a full disk stacks go to stderr.
 """
 
 from __future__ import annotations
@@ -56,6 +57,22 @@ class HangWatch(threading.Thread):
                 self._leave(late)
 
     def _leave(self, late: bool) -> None:
+        try:
+            try:
+                self._write(late)
+            except OSError:  # a full disk
+                faulthandler.dump_traceback(all_threads=True)
+            if late:
+                print(
+                    f"msa-train: error: rank {self.rank} took more than {self.seconds:g} s for a step; the stacks of "
+                    f"all ranks are in {self.folder}, and --guard.hang_minutes allows more",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        finally:
+            os._exit(1)
+
+    def _write(self, late: bool) -> None:
         self.folder.mkdir(exist_ok=True)
         with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
             file.write("a step took too long here\n" if late else "another rank's step took too long\n")
@@ -64,11 +81,3 @@ class HangWatch(threading.Thread):
         deadline = time.monotonic() + 10 * self.poll
         while len(list(self.folder.glob("rank-*.txt"))) < self.ranks and time.monotonic() < deadline:
             time.sleep(self.poll / 4)
-        if late:
-            print(
-                f"msa-train: error: rank {self.rank} took more than {self.seconds:g} s for a step; the stacks of all "
-                f"ranks are in {self.folder}, and --guard.hang_minutes allows more",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(1)

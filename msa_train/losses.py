@@ -9,10 +9,12 @@ Shapes: L routed layers, Q queries, D documents, N labelled tokens, M model widt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -53,7 +55,7 @@ def routing_loss(
 
 
 def label_cross_entropy(
-    hidden_NM: Tensor, target_N: Tensor, head: Callable[[Tensor], Tensor], chunk: int = 2048
+    hidden_NM: Tensor, target_N: Tensor, head: Callable[[Tensor], Tensor], chunk: int = 2048, together: bool = False
 ) -> Tensor:
     """Sum of the next-token cross entropy over labelled positions, with logits for `chunk` of them at a time.
 
@@ -65,20 +67,36 @@ def label_cross_entropy(
         target_N: Token ids to predict, int64.
         head: Maps [n, M] to logits [n, V] (final norm and language-model head).
         chunk: Rows of logits that may exist at once.
+        together: Call the head as often as the rank with the most labels does, at last with no rows: where each call
+            gathers its weights, ranks that call it more often would wait for the others for ever. All ranks must call.
     """
 
     def part(hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), target, reduction="sum")
 
-    starts = range(0, max(len(target_N), 1), chunk)  # no label at all still runs the head: every rank needs its graph
+    count = max(-(-len(target_N) // chunk), 1)  # no label at all still runs the head: every rank needs its graph
+    if together:
+        count = _largest(count)
     parts = []
-    for start in starts:
+    for start in range(0, count * chunk, chunk):
         rows = slice(start, start + chunk)
-        if torch.is_grad_enabled() and len(starts) > 1:
+        if torch.is_grad_enabled() and count > 1:
             parts.append(checkpoint(part, hidden_NM[rows], target_N[rows], use_reentrant=False))
         else:
             parts.append(part(hidden_NM[rows], target_N[rows]))
     return torch.stack(parts).sum()
+
+
+def _largest(count: int) -> int:
+    """Of all ranks' counts: a word from host to host, which no device waits for."""
+    told = torch.tensor(count)
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
+    return int(told)
+
+
+@functools.cache
+def _hosts(world: Any) -> Any:
+    return dist.new_group(backend="gloo")
 
 
 def global_mean(local_sum: Tensor, step_count: int, world_size: int, accumulated: int) -> Tensor:

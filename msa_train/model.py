@@ -44,6 +44,8 @@ from msa_train.sharing import gather
 # decoders whose layer is exactly norm, attention, residual, norm, MLP, residual: each is held equal to
 # transformers' own forward by tests/test_model.py; another one could differ by a multiplier and train wrongly unseen
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+# a position turns alike whatever else is in the call: with dynamic and longrope it depends on the longest text there
+ROPES = ("default", "linear", "yarn", "llama3")
 
 Recompute = Literal["none", "layers", "documents"]
 PART_TOKENS = 8192  # documents are recomputed so many tokens at a time: enough rows to keep a GPU's matrix units busy
@@ -113,8 +115,8 @@ class MemorySparseModel(nn.Module):
         kept_layers: With `layers`, how many of the last ones keep what they computed.
 
     Raises:
-        UserError: The backbone is of another type, uses dropout or a sliding window in attention, or another
-            activation than SiLU.
+        UserError: The backbone is of another type, uses dropout or a sliding window in attention, another activation
+            than SiLU, or rotary positions that depend on the rest of the call.
     """
 
     def __init__(
@@ -333,7 +335,8 @@ class MemorySparseModel(nn.Module):
     def label_loss(self, output: Output, contexts: Contexts) -> Tensor:
         """Summed cross entropy of the labelled tokens; the language-model head sees no other row."""
         hidden_NM = output.hidden_AM.index_select(0, contexts.label_index_N)
-        return label_cross_entropy(hidden_NM, contexts.label_target_N, self.logits)
+        shared_out = hasattr(self.backbone.lm_head.weight, "ds_id")  # by ZeRO's stage 3
+        return label_cross_entropy(hidden_NM, contexts.label_target_N, self.logits, together=shared_out)
 
     def _start_documents(self, documents: Documents) -> tuple[Tensor, Rope]:
         hidden_TM = self._decoder.embed_tokens(documents.tokens_T)
@@ -403,7 +406,8 @@ def check_supported(config: Any) -> None:
     """Refuses decoders that this library would not run as transformers does.
 
     Raises:
-        UserError: Another type of model or activation, dropout or a sliding window in attention.
+        UserError: Another type of model or activation, dropout or a sliding window in attention, or rotary positions
+            that depend on the rest of the call.
     """
     if config.model_type not in SUPPORTED:
         raise UserError(f"model.backbone is of type '{config.model_type}'; supported: {', '.join(SUPPORTED)}")
@@ -413,6 +417,12 @@ def check_supported(config: Any) -> None:
         )
     if config.hidden_act != "silu":
         raise UserError(f"model.backbone has hidden_act '{config.hidden_act}': only 'silu' is supported")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        raise UserError(
+            f"model.backbone has rope_type '{rope}', which turns a document's keys by what else is read with it; "
+            f"supported: {', '.join(ROPES)}"
+        )
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding or (config.model_type == "mistral" and config.sliding_window):
         raise UserError("model.backbone uses sliding-window attention, which a memory cannot; unset it in config.json")

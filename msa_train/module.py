@@ -20,7 +20,6 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from msa_train.blueprint import Blueprint, Weights
 from msa_train.checkpoints import PREFIX, read_checkpoint
@@ -41,6 +40,7 @@ from msa_train.strategies import ZeRO
 COLLAPSED = 0.25  # of RoutingMetrics' diversity: trained routers measure 0.9 and more, collapsed ones 0.1 and less
 SETTLED = 50  # steps after which a router that still sends all queries to one place is not just starting
 TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # trainer.precision that converts the weights
+COPIES = "model.weights float32 with precision bf16-mixed, or msa_train.strategies.ZeRO, which keeps the copy"
 MEND = "Compare with the untrained router, try router_init aligned, a lower router_lr, or more queries per pack."
 
 
@@ -202,17 +202,9 @@ class MemorySparseModule(L.LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over named groups, each weight in exactly one; rates come from the phases."""
-        groups = parameter_groups(self.net, self.weight_decay)
-        optimizer = SkippingAdamW(groups, lr=1.0, betas=self.betas, fused=True)
-
-        def rate(name: str) -> Any:
-            kind: Group = "routers" if name.startswith("routers") else "backbone"
-            return lambda step: self.timeline.learning_rate(step, kind)
-
-        schedule = LambdaLR(optimizer, [rate(group["name"]) for group in groups])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over named groups, each weight in exactly one; every step sets their rates anew."""
+        return SkippingAdamW(parameter_groups(self.net, self.weight_decay), betas=self.betas, fused=True)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -227,14 +219,24 @@ class MemorySparseModule(L.LightningModule):
                 "--trainer.strategy ddp_find_unused_parameters_true for that"
             )
         self._skipped = self._skipped.to(self.device)
-        smallest = min(phase.backbone_lr for phase in self.timeline.phases)
-        if self.blueprint.weights == "bfloat16" and smallest < 1e-4 and not isinstance(strategy, ZeRO):
-            warnings.warn(
-                f"weights are bfloat16 without a float32 copy, and backbone_lr falls to {smallest:g} or less: most "
-                "updates are smaller than bfloat16 can hold and are lost. Use model.weights float32 with precision "
-                "bf16-mixed, or msa_train.strategies.ZeRO, which keeps the copy.",
-                stacklevel=2,
-            )
+        lost = None if isinstance(strategy, ZeRO) else self.lost_updates(str(self.trainer.precision))
+        if lost is not None:
+            warnings.warn(f"{lost}. Use {COPIES}.", stacklevel=2)
+
+    def lost_updates(self, precision: str) -> str | None:
+        """What is wrong with training bfloat16 weights that have no float32 copy; None where nothing is.
+
+        Args:
+            precision: The trainer's.
+        """
+        trained = [phase for phase in self.timeline.phases if phase.trainable == "all" and phase.backbone_lr > 0]
+        lowest = min((phase.learning_rate(phase.steps - 1, "backbone") for phase in trained), default=1.0)
+        if lowest >= 1e-4 or (self.blueprint.weights != "bfloat16" and precision != "bf16-true"):
+            return None
+        return (
+            f"weights are bfloat16 without a float32 copy, and the backbone's rate falls to {lowest:.1e}: most updates "
+            "are smaller than bfloat16 can hold and are lost"
+        )
 
     def on_train_start(self) -> None:
         """Lightning never calls train(), and from_pretrained leaves eval mode on (Lightning issue 20105)."""
@@ -248,8 +250,8 @@ class MemorySparseModule(L.LightningModule):
         return self._seed
 
     def on_train_batch_start(self, batch: MemoryPack, batch_idx: int) -> None:
-        """Freezes or frees the backbone as the phase says. What a step draws follows from seed, place and rank, as its
-        packs do, so a resumed run draws the same."""
+        """Freezes or frees the backbone as the phase says, and sets the rates. They follow from the step, and what it
+        draws from seed, place and rank, as its packs do: a resumed run needs no memory of either."""
         torch.manual_seed(self.seed + 1 + batch_idx * self.trainer.world_size + self.trainer.global_rank)
         _, phase, _ = self.timeline.at(self.global_step)
         wanted = phase.trainable == "all"
@@ -258,11 +260,17 @@ class MemorySparseModule(L.LightningModule):
                 if self.blueprint.lora is None or ADAPTER in name:
                     weight.requires_grad_(wanted)
             self._backbone_trains = wanted
+        for group in self.trainer.optimizers[0].param_groups:
+            kind: Group = "routers" if group["name"] == "routers" else "backbone"
+            group["lr"] = self.timeline.learning_rate(self.global_step, kind)
+        # where a validation comes before all steps, Lightning counts it for one, and would log the others too late
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, pack: MemoryPack, batch_idx: int) -> Tensor:
         """The weighted sum of both losses of one pack, as its share of the global batch."""
         _, phase, _ = self.timeline.at(self.global_step)
         self._pack = pack.describe()
+        pack.check_counts()
         output, lm_sum, routing_sum = self._losses(pack, phase)
         world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         lm = global_mean(lm_sum, pack.step_labels, world, accumulated)
@@ -400,8 +408,16 @@ class MemorySparseModule(L.LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the weights do not tell, and the counter."""
+        """Adds what the weights do not tell, the counter, and what every rank has added up since the last log."""
         strategy = self.trainer.strategy
+        told: list[Any] = [
+            {name: {state: value.cpu() for state, value in metric.metric_state.items()}
+             for name, metric in self._running().items()}
+        ]  # fmt: skip
+        if self.trainer.world_size > 1:
+            told *= self.trainer.world_size
+            torch.distributed.all_gather_object(told, told[0])
+        checkpoint["running"] = told
         checkpoint["msa_train"] = {
             "chunk_size": self.msa.chunk_size,
             "skipped_steps": float(self.skipped_steps),
@@ -418,11 +434,19 @@ class MemorySparseModule(L.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         reader = checkpoint.pop("reader", None)
         if reader is not None:
-            groups = parameter_groups(self.net, self.weight_decay)
+            groups = self.configure_optimizers().param_groups
             checkpoint["optimizer_states"] = [plain_state_dict(reader.tensor, checkpoint.pop("optimizer"), groups)]
+        told = checkpoint.pop("running", [])
+        for rank in range(self.trainer.global_rank, len(told), self.trainer.world_size):  # of more ranks than there are
+            for name, metric in self._running().items():
+                for state, value in told[rank][name].items():
+                    setattr(metric, state, getattr(metric, state) + value.to(metric.device))
         _recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _running(self) -> dict[str, Any]:
+        return {"loss": self.training_loss, "routing": self.training_routing}
 
     def _losses(self, pack: MemoryPack, phase: Phase) -> tuple[Output, Tensor, Tensor]:
         output = self.net(pack, phase.top_k or None)
@@ -481,19 +505,23 @@ def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
     """Has Lightning's loop stand where it stood, in the middle of its one endless epoch, counted in this run's batches:
     another number of ranks takes as many packs a step, in another number of batches.
 
-    Lightning tells from these counts what was going on when it was saved: a step that is not completed is completed,
-    and validated if it is time; after one that is, the next begins.
+    Lightning tells from these counts what was going on when it was saved: a validation that has begun is begun anew,
+    if it is time; else the next step begins.
     """
     step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
-    open_step = int(checkpoint["msa_train"]["validate_first"])
-    epoch, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    epoch, batches, held_out = (
+        loop[name] for name in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
+    )
     for counts in (epoch["total"], epoch["current"]):
         counts.update(ready=1, started=1, processed=0, completed=0)
     for counts in (batches["total"], batches["current"]):
         done = step * accumulated
-        counts.update(ready=done, started=done, processed=done, completed=done - open_step)
-    batches["is_last_batch"] = False
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - open_step
+        counts.update(ready=done, started=done, processed=done, completed=done)
+    begun = int(checkpoint["msa_train"]["validate_first"])
+    for counts in (held_out["total"], held_out["current"]):
+        counts.update(ready=begun, started=begun, processed=0, completed=0)
+    batches["is_last_batch"] = held_out["is_last_batch"] = False
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
 
 
 def _as_it_is(data: Any) -> Any:

@@ -3,13 +3,15 @@
     moment/NAME, square/NAME   AdamW's two moments, of the weight's shape
     master/NAME                the weight in float32, where training has a float32 copy of bfloat16 weights
 
-The invariant: names and complete tensors alone are kept. So a run goes on under another strategy, and with another
-number of ranks, with the very numbers that it was saved with. Under DeepSpeed they are asked for, and given back, by
-its own functions for that, weight by weight: no rank ever holds all of them twice.
+The invariant: steps and complete tensors by name alone are kept. So a run goes on under another strategy, and with
+another number of ranks, with the very numbers that it was saved with; which groups there are, and their rates, betas
+and weight decay, are those of the run that goes on. Under DeepSpeed tensors are asked for, and given back, by its own
+functions for that, weight by weight: no rank ever holds all of them twice.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +34,7 @@ def plain_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         state: The `state_dict` of an optimiser that was given names.
 
     Returns:
-        Tensors by the names above; and steps by weight with the groups' settings.
+        Tensors by the names above; and steps by weight.
     """
     names = [name for group in state["param_groups"] for name in group["param_names"]]
     tensors, steps = {}, {}
@@ -41,38 +43,25 @@ def plain_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         steps[name] = float(values["step"])
         for key, theirs in MOMENTS.items():
             tensors[f"{key}/{name}"] = values[theirs]
-    return tensors, {"steps": steps, "groups": [_settings(group) for group in state["param_groups"]]}
+    return tensors, {"steps": steps}
 
 
 def plain_state_dict(read: Read, kept: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse: an optimiser's `state_dict`.
+    """The inverse: an optimiser's `state_dict`. A weight that was not trained before has no state yet.
 
     Args:
         read: A tensor by its name above; None where there is none.
-        kept: Steps and settings, as `plain_state` returns them.
-        groups: This run's groups, of names and weights.
+        kept: Steps, as `plain_state` returns them.
+        groups: This run's, as its optimiser has them.
     """
     states: dict[int, dict[str, Tensor]] = {}
-    made = []
-    number = 0
-    for group in groups:
-        members, names = [], [name for name, _ in group["params"]]
-        for name in names:
-            found = {theirs: read(f"{key}/{name}") for key, theirs in MOMENTS.items()}
-            if name in kept["steps"] and all(tensor is not None for tensor in found.values()):
-                states[number] = {"step": torch.tensor(kept["steps"][name]), **found}  # type: ignore[dict-item]
-            members.append(number)
-            number += 1
-        made.append({**_kept(kept, group["name"]), "params": members, "param_names": names})
+    for number, name in enumerate(name for group in groups for name in group["param_names"]):
+        found = {theirs: read(f"{key}/{name}") for key, theirs in MOMENTS.items()}
+        if name in kept["steps"] and all(tensor is not None for tensor in found.values()):
+            states[number] = {"step": torch.tensor(kept["steps"][name]), **found}  # type: ignore[dict-item]
+    numbers = itertools.count()
+    made = [{**group, "params": [next(numbers) for _ in group["param_names"]]} for group in groups]
     return {"state": states, "param_groups": made}
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _kept(kept: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next((group for group in kept["groups"] if group["name"] == name), {})
 
 
 # --- DeepSpeed's --------------------------------------------------------------------------------------------------
@@ -93,14 +82,13 @@ def zero_state(module: nn.Module, engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{key}/{name}", safe_get_full_optimizer_state(weight, theirs)
 
 
-def zero_settings(module: nn.Module, engine: Any) -> dict[str, Any]:
-    """Steps by weight and the groups' settings."""
+def zero_steps(module: nn.Module, engine: Any) -> dict[str, Any]:
+    """Steps by weight."""
     optimizer = engine.optimizer.optimizer
     taken = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
     assert len(taken) < 2, "ZeRO steps all weights together"
     names = [name for name, weight in module.named_parameters() if weight.requires_grad]
-    steps = dict.fromkeys(names, taken.pop()) if taken else {}
-    return {"steps": steps, "groups": [_settings(group) for group in optimizer.param_groups]}
+    return {"steps": dict.fromkeys(names, taken.pop()) if taken else {}}
 
 
 def restore_zero_state(module: nn.Module, engine: Any, read: Read, kept: Mapping[str, Any]) -> None:
@@ -110,7 +98,7 @@ def restore_zero_state(module: nn.Module, engine: Any, read: Read, kept: Mapping
         module: Whose weights.
         engine: DeepSpeed's.
         read: A tensor by its name above; None where there is none.
-        kept: Steps and settings.
+        kept: Steps. ZeRO steps all weights together, so those that were not trained before take over the others' count.
     """
     optimizer, base = engine.optimizer, engine.optimizer.optimizer
     if kept["steps"]:
@@ -126,8 +114,6 @@ def restore_zero_state(module: nn.Module, engine: Any, read: Read, kept: Mapping
         _give(weight, master if master is not None else read(name), None)
         for key, theirs in MOMENTS.items() if kept["steps"] else ():
             _give(weight, read(f"{key}/{name}"), theirs)
-    for group in base.param_groups:
-        group.update(_kept(kept, group["name"]))
 
 
 def _flats(optimizer: Any) -> list[Tensor]:

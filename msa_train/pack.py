@@ -377,6 +377,19 @@ class MemoryPack(TensorFields):
             f"{len(self.query_ids)} queries"
         )
 
+    def check_counts(self) -> None:
+        """Holds the step's counts against the pack's own: a loss is divided by them.
+
+        Raises:
+            ValueError: The step has fewer labels or queries than the pack, so they were not set.
+        """
+        for name, step, own in (
+            ("step_labels", self.step_labels, len(self.contexts.label_target_N)),
+            ("step_queries", self.step_queries, self.asked),
+        ):
+            if step < own:
+                raise ValueError(f"{name} is {step}, but pack {self.index} alone has {own}: set it to the step's count")
+
     def __post_init__(self) -> None:
         if self.shares is not None:
             counts, own = self.shares.chunk_counts, self.documents.chunks.largest_sums[-1]

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from msa_train.errors import UserError
-from msa_train.folders import checkpoints_of, discard, folder_of, is_whole, leftovers, point_to, remove, step_of
+from msa_train.folders import LINK, checkpoints_of, discard, folder_of, is_whole, leftovers, point_to, remove, step_of
 
 Mode = Literal["max", "min"]
 SCORES = "scores.json"  # what the monitored value was at each step that was validated
@@ -100,7 +103,8 @@ class Checkpoints(Checkpoint):
             )
         if trainer.is_global_zero:
             step, before = trainer.global_step, read_scores(self.folder)
-            _write_scores(self.folder, {**{at: before[at] for at in before if at < step}, step: float(value)})
+            with spared(self.folder / SCORES):
+                _write_scores(self.folder, {**{at: before[at] for at in before if at < step}, step: float(value)})
         kept = trainer.strategy.broadcast(trainer.is_global_zero and trainer.global_step in self._best())
         if kept:
             self.save(trainer)
@@ -127,7 +131,8 @@ class Checkpoints(Checkpoint):
         trainer.lightning_module.validate_first = validate_first  # type: ignore[assignment]
         trainer.save_checkpoint(folder)
         if trainer.is_global_zero and is_whole(folder):
-            point_to(folder)
+            with spared(self.folder / LINK):
+                point_to(folder)
             # what lies beyond is of a branch that was given up, when the run went back to an earlier checkpoint
             for other in checkpoints_of(self.folder):
                 if (step_of(other) or 0) > step:
@@ -137,6 +142,18 @@ class Checkpoints(Checkpoint):
 
     def _best(self) -> set[int]:
         return best_steps(self.folder, self.keep_best, self.mode)
+
+
+@contextmanager
+def spared(file: Path) -> Iterator[None]:
+    """Makes a warning of what a disk refuses to the first rank alone: the others wait for it in the next collective."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"{file} could not be written ({error.strerror or error}): training goes on. Make room on that disk.",
+            stacklevel=3,
+        )
 
 
 def best_steps(run: Path, count: int, mode: Mode) -> set[int]:

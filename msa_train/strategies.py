@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from msa_train.errors import UserError
 from msa_train.folder_files import FolderReader, FolderWriter
 from msa_train.folders import ASIDE, discard
-from msa_train.optimizer_state import plain_state, restore_zero_state, zero_settings, zero_state
+from msa_train.optimizer_state import plain_state, restore_zero_state, zero_state, zero_steps
 
 INSTALL = "pip install 'msa-train[deepspeed]', once torch is there"
 PRECISIONS = ("bf16-true", "bf16-mixed")  # the same to DeepSpeed: it trains bfloat16 with a float32 copy
@@ -241,7 +241,7 @@ class ZeRO(DeepSpeedStrategy):
         if self.is_global_zero:
             writer.weights(weights, {**facts, "tied": tied})
             rest = {name: checkpoint[name] for name in checkpoint if name not in ("state_dict", "optimizer_states")}
-            writer.trainer({**rest, "optimizer": zero_settings(module, engine)})
+            writer.trainer({**rest, "optimizer": zero_steps(module, engine)})
         weights.clear()
         for number, (name, tensor) in enumerate(zero_state(module, engine)):
             if number % self.world_size == self.global_rank:
@@ -290,10 +290,10 @@ class FolderIO(CheckpointIO):
                 tied[name] = same
         weights = {name: weight.cpu().contiguous() for name, weight in state.items() if name not in tied}
         writer.weights(weights, {**facts, "tied": tied})
-        tensors, settings = plain_state(checkpoint["optimizer_states"][0])
+        tensors, steps = plain_state(checkpoint["optimizer_states"][0])
         for name, tensor in tensors.items():
             writer.optimizer(name, tensor, 0)
-        writer.trainer({**rest, "optimizer": settings})
+        writer.trainer({**rest, "optimizer": steps})
         writer.finish(0)
         writer.settle(folder)
 

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from msa_train.errors import UserError
 from msa_train.guard import REQUEUE
 from msa_train.losses import routing_loss
 from tests.conftest import newest
-from tests.test_training import losses, start
+from tests.test_training import ROOT, losses, start
 
 Arguments = Callable[..., list[str]]
 STILL = {"model.phases": json.dumps([{"name": "only", "steps": 12, "routing_weight": 1.0, "backbone_lr": 3e-3,
@@ -33,7 +35,7 @@ class Disturb(L.Callback):
 
     Args:
         step: The step.
-        what: `signal`, `nan` (the loss), `memory`, or `hang`.
+        what: `signal`, `validation` (a signal in its first pack), `nan` (the loss), `memory`, or `hang`.
         rank: On which rank.
     """
 
@@ -55,6 +57,31 @@ class Disturb(L.Callback):
         """Breaks the gradient."""
         if self.what == "nan" and trainer.global_step == self.step:
             loss.register_hook(lambda gradient: gradient * torch.nan)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Signals at the first pack; the second sees it."""
+        here = trainer.global_step == self.step and trainer.global_rank == self.rank
+        if self.what == "validation" and batch_idx == 0 and here:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Full(L.Callback):
+    """Has a file of the run lie on a full disk.
+
+    Args:
+        name: The file.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Fills."""
+        file = Path(trainer.default_root_dir) / self.name
+        if not file.is_symlink():
+            file.symlink_to("/dev/full")
 
 
 class Fail(L.Callback):
@@ -163,6 +190,67 @@ def test_a_rank_that_hangs_ends_the_job_and_all_leave_their_stacks(tiny_run: Arg
     hung = r"test_guard.py.*on_train_batch_start"
     assert re.search(hung, stacks["rank-1.txt"]) and not re.search(hung, stacks["rank-0.txt"])
     assert "stacks of all ranks are in" in done.stderr
+
+
+def test_a_rank_that_hangs_ends_on_a_full_disk_too(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.txt").symlink_to("/dev/full")
+    script = (
+        "import sys, time; from pathlib import Path; from msa_train.hang import HangWatch\n"
+        "watch = HangWatch(Path(sys.argv[1]), 0, 1, 0.5); watch.working(); watch.start(); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 1, "not 0, which would be the sleep's end"
+    assert 'File "<string>", line 2 in <module>' in done.stderr, "its stacks"
+
+
+def test_a_skipped_step_that_no_disk_takes_is_a_warning_and_a_torn_line_none(
+    tiny_run: Arguments, tmp_path: Path
+) -> None:
+    full = {"trainer.max_steps": 4, "checkpoint.every_n_train_steps": 2}
+    record = tmp_path / "tiny" / "skipped.jsonl"
+    given = [
+        {"class_path": "tests.test_guard.Full", "init_args": {"name": record.name}},
+        {"class_path": "tests.test_guard.Disturb", "init_args": {"step": 2, "what": "nan"}},
+    ]
+    with pytest.warns(
+        UserWarning, match=r"skipped.jsonl could not be written \(No space left on device\): training goes"
+    ):
+        cli.build(["fit", *tiny_run(tmp_path, steps=6, **full, **{"trainer.callbacks": json.dumps(given)})])
+    assert newest(tmp_path / "tiny")["global_step"] == 4
+    record.unlink()
+    record.write_text('{"step": 1, "packs": [1]}\n{"step": 2, "pa')
+    cli.build(["fit", *tiny_run(tmp_path, steps=6), "--ckpt_path=last"])
+    assert [json.loads(line) for line in record.read_text().splitlines()] == [{"step": 1, "packs": [1]}]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_during_a_validation_breaks_it_off_and_the_run_goes_on_with_it(
+    ranks: int, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {
+        "trainer.limit_val_batches": 2, "trainer.val_check_interval": 3, "trainer.devices": ranks, "data.val_packs": 4
+    }  # fmt: skip
+    if ranks > 1:
+        flags["trainer.strategy"] = "ddp"
+    done = start(tiny_run(tmp_path, steps=7, name="whole", **flags))
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = start(tiny_run(tmp_path, steps=7, name="parts", **flags, **disturb(3, "validation", rank=ranks - 1)))
+    assert told.returncode == REQUEUE and "told to stop: step 3 is saved" in told.stderr, told.stderr[-2000:]
+    done = start([*tiny_run(tmp_path, steps=7, name="parts", **flags), "--ckpt_path=last"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 7
+    validated = losses(whole, "loss/lm/test")
+    assert list(validated) == [2, 5], "in the rows of the steps before"
+    assert losses(parts, "loss/lm/test") == {3: validated[2], 5: validated[5]}
+
+
+def test_a_signal_behind_the_last_step_changes_nothing(tiny_run: Arguments, tmp_path: Path) -> None:
+    flags = {"trainer.limit_val_batches": 2, "trainer.val_check_interval": 3}
+    for step, what in ((2, "signal"), (3, "validation")):
+        cli.build(["fit", *tiny_run(tmp_path, steps=3, name=what, **flags, **disturb(step, what))])
+        assert newest(tmp_path / what)["global_step"] == 3 and losses(tmp_path / what, "loss/lm/test")
 
 
 class Draw(L.Callback):

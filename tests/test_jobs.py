@@ -170,7 +170,6 @@ def test_the_doctor_finds_a_run_in_the_way_and_a_malicious_release(
 BF16 = json.dumps([{"name": "a", "steps": 2, "backbone_lr": 1e-5}])
 LOOK: dict[str, tuple[dict[str, Any], str]] = {
     "no validation": ({"data.val_splits": "[]"}, "nothing watches the router on held-out queries"),
-    "checkpoints": ({"checkpoint.every_n_train_steps": 7, "trainer.log_every_n_steps": 2}, "a multiple of the other"),
     "steps": ({"trainer.max_steps": 10}, "not the phases' 20"),
     "validation late": ({"trainer.val_check_interval": 100}, "never within 20 packs"),
     "bf16": ({"model.weights": "bfloat16", "model.phases": BF16}, "most updates"),

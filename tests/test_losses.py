@@ -91,6 +91,40 @@ def head_of_13() -> nn.Linear:
     return nn.Linear(6, 13)
 
 
+def count_calls(rank: int, folder: str) -> None:
+    """A head whose calls are collectives, as those of shared out weights are; the second rank has no label at all."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    head, calls = head_of_13(), []
+
+    def gathered(hidden: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(torch.tensor(1.0))
+        calls.append(len(hidden))
+        return head(hidden)
+
+    hidden, target = sample(rank, 1 - rank)  # 11 labels, and none
+    hidden.requires_grad_()
+    loss = label_cross_entropy(hidden, target, gathered, chunk=4, together=True)
+    loss.backward()
+    with torch.no_grad():
+        again = label_cross_entropy(hidden, target, gathered, chunk=4, together=True)
+    torch.save({"loss": loss.detach(), "again": again, "calls": calls, "grad": hidden.grad}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_of_uneven_labels_call_the_head_as_often(tmp_path: Path) -> None:
+    mp.spawn(count_calls, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    hidden, target = sample(0, 1)
+    whole = F.cross_entropy(head_of_13()(hidden.requires_grad_()), target, reduction="sum")
+    whole.backward()
+    for loss in (found[0]["loss"], found[0]["again"]):
+        torch.testing.assert_close(loss, whole.detach())
+    torch.testing.assert_close(found[0]["grad"], hidden.grad)
+    assert found[1]["loss"] == found[1]["again"] == 0
+    assert sorted(found[0]["calls"]) == 3 * [3] + 6 * [4], "forward, backward, and without gradient"
+    assert found[1]["calls"] == 9 * [0]
+
+
 def train_one_step(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = DistributedDataParallel(head_of_13())

@@ -75,6 +75,28 @@ def test_router_names_are_the_published_ones() -> None:
     assert weights["backbone.model.layers.3.self_attn.router_k_proj.0.weight"].shape == (16, 24)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_rest_of_the_call_are_refused(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    with pytest.raises(UserError, match=f"rope_type '{kind}'.*supported: default, linear, yarn, llama3"):
+        MemorySparseModel(tiny_backbone("llama", rope_parameters=rope), MSAConfig())
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_a_documents_keys_are_the_same_beside_a_longer_one(kind: str) -> None:
+    """By hand, `dynamic` moved them by 1.2 where a document beside them was longer than the backbone's 16 positions."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+    backbone = tiny_backbone("llama", max_position_embeddings=32, rope_parameters=rope)
+    model = MemorySparseModel(backbone, MSAConfig(chunk_size=4, top_k=2)).eval()
+    with torch.no_grad():
+        alone, beside = (
+            model.encode(Documents.build([tokens(11, 1), *others], 4)).layers[0].key_CGW
+            for others in ((), (tokens(60, 2),))
+        )
+    torch.testing.assert_close(beside[: len(alone)], alone)
+
+
 def test_other_decoders_are_refused() -> None:
     with pytest.raises(UserError, match="attention_dropout"):
         MemorySparseModel(tiny_backbone(attention_dropout=0.1), MSAConfig())

@@ -27,6 +27,14 @@ def test_a_pack_travels_as_bytes_and_arrives_whole() -> None:
     there.documents.tokens_T.add_(1)  # its own memory, writable
 
 
+def test_counts_of_a_step_that_were_never_set_are_refused() -> None:
+    pack = tiny_pack()
+    pack.check_counts()
+    for name, own in (("step_labels", 11), ("step_queries", 3)):
+        with pytest.raises(ValueError, match=f"{name} is 0, but pack 0 alone has {own}"):
+            replace(pack, **{name: 0}).check_counts()
+
+
 def test_masks_of_another_shape_are_refused() -> None:
     pack = tiny_pack()
     for name in ("positive_QD", "excluded_QD"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +130,27 @@ def test_a_value_that_nobody_logs_is_told(tiny_run: Arguments, tmp_path: Path) -
              "trainer.limit_val_batches": 1}  # fmt: skip
     with pytest.raises(UserError, match="nothing logs 'loss/lm/nope'; there are .*loss/lm/test"):
         cli.build(["fit", *tiny_run(tmp_path, steps=2, **flags)])
+
+
+def test_scores_and_links_that_no_disk_takes_are_warnings(
+    tiny_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("msa_train.saving.point_to", refused)
+    given = {"class_path": "tests.test_guard.Full", "init_args": {"name": "scores.json.writing"}}
+    flags = {
+        "checkpoint.keep_best": 1, "checkpoint.monitor": "loss/lm/test", "trainer.val_check_interval": 2,
+        "trainer.limit_val_batches": 1, "trainer.callbacks": json.dumps([given]),
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="could not be written") as told:
+        cli.build(["fit", *tiny_run(tmp_path, steps=4, **flags)])
+    words = [str(one.message) for one in told]
+    for name in ("scores.json", "last.ckpt"):
+        wanted = f"tiny/{name} could not be written (No space left on device): training goes on."
+        assert any(wanted in word for word in words), words
+    assert newest(tmp_path / "tiny")["global_step"] == 4
 
 
 def test_every_start_records_what_it_ran_with(copy: Path, tiny_run: Arguments) -> None:

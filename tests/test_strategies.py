@@ -5,6 +5,7 @@ Every start of two ranks takes a quarter of a minute, so one run of each stage a
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -12,15 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from msa_train import cli
+from msa_train import cli, model
 from msa_train.checkpoints import check_resumable, newest_checkpoint, read_checkpoint
 from msa_train.errors import UserError
 from msa_train.folder_files import FolderReader
 from msa_train.folders import FACTS, MANIFEST, TRAINER, WEIGHTS
+from msa_train.losses import label_cross_entropy
 from msa_train.runs import open_run
 from msa_train.strategies import ZeRO
 from tests.hooks import digests
@@ -136,9 +139,6 @@ def test_a_folder_holds_one_checkpoint_and_nothing_lies_about(runs: Path) -> Non
         inside = {path.name for path in (folder / "last.ckpt").iterdir()}
         parts = {f"optimizer-{rank}-0.safetensors" for rank in (0, 1)}
         assert inside == {WEIGHTS, FACTS, TRAINER, MANIFEST, *parts}
-        groups = FolderReader(folder / "last.ckpt").trainer()["optimizer"]["groups"]
-        decays = {group["name"]: group["weight_decay"] > 0 for group in groups}
-        assert decays == {"routers": False, "backbone": True, "backbone_no_decay": False}, "as matrices do"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -150,6 +150,58 @@ def test_resumed_is_bitwise_the_uninterrupted_run(stage: int, runs: Path, tiny_r
         whole, rest = (losses(runs / run, log) for run in (f"zero{stage}", name))
         assert rest == {step: value for step, value in whole.items() if step >= SAVED}, log
     assert seen(runs, name, 0)["end"] == seen(runs, f"zero{stage}", 0)["end"]
+
+
+class FewRows(L.Callback):
+    """Has the head take few labels at a time, of which the last rank has fewer; writes the groups' settings."""
+
+    def __init__(self) -> None:
+        model.label_cross_entropy = functools.partial(label_cross_entropy, chunk=5)  # type: ignore[attr-defined]
+        self.counts: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        """Takes labels away."""
+        if trainer.global_rank == trainer.world_size - 1:
+            for name in ("label_index_N", "label_target_N", "label_query_N"):
+                object.__setattr__(batch.contexts, name, getattr(batch.contexts, name)[:3])
+        self.counts.append(len(batch.contexts.label_target_N))
+
+    on_validation_batch_start = on_train_batch_start
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes."""
+        groups = {
+            group["name"]: [group["lr"], group["weight_decay"], *group["betas"]]
+            for group in trainer.optimizers[0].param_groups
+        }
+        told = json.dumps({"labels": self.counts, "groups": groups})
+        Path(trainer.default_root_dir, f"rows-{trainer.global_rank}.json").write_text(told)
+
+
+def test_stage_3_takes_uneven_labels_and_goes_on_with_other_groups_and_settings(
+    runs: Path, tiny_run: Arguments, tmp_path: Path
+) -> None:
+    """Each call of the head gathers its weights, on all ranks or for ever."""
+
+    def went_on(name: str, checkpoint: Path, phase: dict[str, Any], **others: Any) -> dict[str, Any]:
+        phases = json.dumps([{"name": "only", "schedule": "constant", "router_lr": 1e-4, "backbone_lr": 1e-5, **phase}])
+        given = flags(tmp_path, name, zero(3), **{"trainer.callbacks": callbacks, "model.phases": phases, **others})
+        ran([*tiny_run(tmp_path, **given), f"--ckpt_path={checkpoint}"])
+        rows = [json.loads((tmp_path / name / f"rows-{rank}.json").read_text()) for rank in (0, 1)]
+        assert rows[0]["groups"] == rows[1]["groups"]
+        assert min(rows[0]["labels"]) > 5 and set(rows[1]["labels"]) == {3}
+        return rows[0]["groups"]
+
+    callbacks = json.dumps([{"class_path": "tests.test_strategies.FewRows"}])
+    routers = {"steps": SAVED + 2, "trainable": "routers"}
+    groups = went_on("routers", runs / "zero3" / f"step={SAVED}.ckpt", routers)
+    assert groups == {"routers": [1e-4, 0.0, 0.9, 0.95]}
+    others = {"model.weight_decay": 0.5, "model.betas": "[0.5, 0.6]"}
+    groups = went_on("all", tmp_path / "routers" / "last.ckpt", {"steps": SAVED + 4}, **others)
+    assert groups == {
+        "routers": [1e-4, 0.0, 0.5, 0.6], "backbone": [1e-5, 0.5, 0.5, 0.6], "backbone_no_decay": [1e-5, 0.0, 0.5, 0.6],
+    }, "as matrices do"  # fmt: skip
+    assert len(losses(tmp_path / "all", "loss/lm")) == 2 and losses(tmp_path / "routers", "loss/lm/test")
 
 
 # from which run, with which strategy and how many ranks it goes on

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from msa_train import cli
 from msa_train.errors import UserError
 from msa_train.module import MemorySparseModule, parameter_groups
+from msa_train.phases import Phase
 from tests.conftest import newest, tiny_model
 from tests.hooks import BreakGradient
 
@@ -107,6 +109,103 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(ranks: int, tiny_ru
     assert weights[0]["global_step"] == weights[1]["global_step"] == 60
     for name, weight in weights[0]["state_dict"].items():
         assert torch.equal(weight, weights[1]["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_means_between_two_logs_go_on(ranks: int, tiny_run: Arguments, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"trainer.log_every_n_steps": 4, "checkpoint.every_n_train_steps": 2}
+    if ranks > 1:
+        flags |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    found = []
+    for resume in ([], [f"--ckpt_path={tmp_path / 'tiny' / 'step=2.ckpt'}"]):
+        done = start([*tiny_run(tmp_path, steps=4, **flags), *resume])
+        assert done.returncode == 0, done.stderr[-2000:]
+        names = ("loss/total", "loss/lm", "loss/routing", "train/recall@1", "train/diversity")
+        found.append([losses(tmp_path / "tiny", name) for name in names])
+    assert all(list(values) == [3] for values in found[0])
+    assert found[0] == found[1]
+
+
+def test_means_between_two_logs_go_on_with_other_ranks(tiny_run: Arguments, tmp_path: Path) -> None:
+    """Two ranks' sums, of which one rank takes both."""
+    flags: dict[str, Any] = {"trainer.log_every_n_steps": 4, "checkpoint.every_n_train_steps": 2}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    done = start(tiny_run(tmp_path, steps=4, **flags, **two))
+    assert done.returncode == 0, done.stderr[-2000:]
+    wanted = losses(tmp_path / "tiny", "loss/lm")
+    checkpoint = tmp_path / "tiny" / "step=2.ckpt"
+    one = {"trainer.accumulate_grad_batches": 2, "ckpt_path": checkpoint}
+    cli.build(["fit", *tiny_run(tmp_path, steps=4, **flags, **one)])
+    found = losses(tmp_path / "tiny", "loss/lm")
+    assert list(found) == [3] and float(found[3]) == pytest.approx(float(wanted[3]), rel=1e-4)
+
+
+class Settings(L.Callback):
+    """Remembers what each step's optimiser is set to."""
+
+    seen: dict[int, dict[str, tuple[Any, ...]]]
+
+    def __init__(self) -> None:
+        self.seen = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Remembers."""
+        self.seen[trainer.global_step] = {
+            group["name"]: (group["lr"], group["weight_decay"], tuple(group["betas"]))
+            for group in optimizer.param_groups
+        }
+
+
+def test_groups_and_settings_are_those_of_the_run_that_goes_on(tiny_run: Arguments, tmp_path: Path) -> None:
+    """Routers alone, all, and routers alone again: steps and moments go on, rates, betas and decay are this run's."""
+    callbacks = json.dumps([{"class_path": "tests.test_training.Settings"}])
+
+    def went_on(phases: list[dict[str, Any]], **flags: Any) -> tuple[Settings, dict[str, Any]]:
+        given = {"model.phases": json.dumps(phases), "trainer.callbacks": callbacks, **flags}
+        found = cli.build(["fit", *tiny_run(tmp_path, **given)])
+        seen = next(one for one in found.trainer.callbacks if type(one).__name__ == Settings.__name__)  # type: ignore[union-attr]
+        return seen, newest(tmp_path / "tiny")
+
+    alone = {"name": "routers", "steps": 2, "router_lr": 3e-3, "schedule": "constant", "trainable": "routers"}
+    rest = {"name": "all", "steps": 3, "router_lr": 1e-4, "backbone_lr": 1e-5, "schedule": "constant"}
+    first, _ = went_on([alone])
+    assert first.seen[1] == {"routers": (3e-3, 0.0, (0.9, 0.95))}
+    resumed = {"ckpt_path": "last", "model.weight_decay": 0.5, "model.betas": "[0.5, 0.6]"}
+    second, kept = went_on([alone, rest], **resumed)
+    assert list(second.seen) == [2, 3, 4]
+    assert second.seen[2] == second.seen[4] == {
+        "routers": (1e-4, 0.0, (0.5, 0.6)), "backbone": (1e-5, 0.5, (0.5, 0.6)),
+        "backbone_no_decay": (1e-5, 0.0, (0.5, 0.6)),
+    }  # fmt: skip
+    steps = kept["optimizer"]["steps"]
+    assert {step for name, step in steps.items() if ".router_" in name} == {5}
+    assert {step for name, step in steps.items() if ".router_" not in name} == {3}
+    third, kept = went_on([{**alone, "steps": 6}], ckpt_path="last")
+    assert third.seen == {5: {"routers": (3e-3, 0.0, (0.9, 0.95))}}
+    assert set(kept["optimizer"]["steps"].values()) == {6}
+
+
+FALLS = {"name": "falls", "steps": 10, "backbone_lr": 2e-4, "schedule": "linear", "end_factor": 0.1}
+ROUTERS = {"name": "routers", "steps": 40, "backbone_lr": 1e-5, "trainable": "routers"}
+
+
+@pytest.mark.parametrize(
+    ("phases", "weights", "precision", "rate"),
+    [
+        ([FALLS], "bfloat16", "32-true", "3.8e-05"),
+        ([FALLS], "float32", "bf16-true", "3.8e-05"),
+        ([FALLS], "float32", "bf16-mixed", None),
+        ([{**FALLS, "end_factor": 0.6}], "bfloat16", "bf16-true", None),
+        ([{**FALLS, "schedule": "constant"}, ROUTERS], "bfloat16", "bf16-true", None),
+        ([{**FALLS, "backbone_lr": 0.0}], "bfloat16", "bf16-true", None),
+    ],
+)
+def test_updates_that_bfloat16_loses_are_told(
+    phases: list[dict[str, Any]], weights: str, precision: str, rate: str | None
+) -> None:
+    module = MemorySparseModule("nowhere", [Phase(**phase) for phase in phases], weights=weights)  # type: ignore[arg-type]
+    told = module.lost_updates(precision)
+    assert told is None if rate is None else told is not None and f"rate falls to {rate}: most updates" in told
 
 
 def test_a_finished_run_goes_on_when_given_more_steps(tiny_run: Arguments, tmp_path: Path) -> None:
