@@ -239,8 +239,8 @@ def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) ->
     assert together == alone and len(alone) == 4 * 2 * 3
 
 
-class Interrupted(RetrievalTask):
-    """Its second length comes with a signal, which one rank alone is sent.
+class Struck(RetrievalTask):
+    """Something happens at its second length, on one rank alone.
 
     Args:
         rank: Which.
@@ -252,8 +252,18 @@ class Interrupted(RetrievalTask):
 
     def trials(self, length: int) -> Iterator[Trial]:
         if length > 256 and int(os.environ.get("LOCAL_RANK", "0")) == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.happens()
         yield from super().trials(length)
+
+    def happens(self) -> None:
+        raise NotImplementedError
+
+
+class Interrupted(Struck):
+    """It is sent a signal."""
+
+    def happens(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -332,21 +342,11 @@ def test_tables_and_figures_are_of_the_evaluation_that_was_made_last(
     assert drawn[6:] == ["2", "2"] and (folder / "report.md").read_text().startswith("# Extrapolation after 2 steps\n")
 
 
-class Faulty(RetrievalTask):
-    """Its second length fails on one rank.
+class Faulty(Struck):
+    """It fails."""
 
-    Args:
-        rank: Which.
-    """
-
-    def __init__(self, rank: int, **given: Any) -> None:
-        super().__init__(**given)
-        self.rank = rank
-
-    def trials(self, length: int) -> Iterator[Trial]:
-        if length > 256 and int(os.environ.get("LOCAL_RANK", "0")) == self.rank:
-            raise ZeroDivisionError("ours")
-        yield from super().trials(length)
+    def happens(self) -> None:
+        raise ZeroDivisionError("ours")
 
 
 def faulty(rank: int) -> dict[str, Any]:
