@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+SHARED = {"step", "epoch"}  # what every row has
+
 
 class ContinuedCSVLogger(CSVLogger):
-    """A CSVLogger whose file goes on from the resumed step: earlier rows stay, rows from that step on are replaced.
+    """A CSVLogger whose file goes on from the resumed step: earlier rows stay, what is logged again and all behind it
+    is replaced. A validation that is made anew has the step of a training row, which stays.
 
     Args:
         run_folder: Folder of metrics.csv.
@@ -40,9 +44,15 @@ class ContinuedCSVLogger(CSVLogger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Writes a row; the first one takes the place of the rows that an interrupted run wrote beyond it."""
         writer = self.experiment
-        if step is not None and any(row["step"] >= step for row in self._earlier):
+        names = metrics.keys() - SHARED
+
+        def beyond(row: dict[str, Any]) -> bool:
+            return step is not None and (row["step"] > step or (row["step"] == step and not names.isdisjoint(row)))
+
+        kept = list(takewhile(lambda row: not beyond(row), self._earlier))
+        if len(kept) < len(self._earlier):
             Path(writer.metrics_file_path).unlink()
-            writer.metrics = [row for row in self._earlier if row["step"] < step]
+            writer.metrics = kept
         self._earlier = []
         super().log_metrics(metrics, step)
 

@@ -263,7 +263,7 @@ class MemorySparseModule(L.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             kind: Group = "routers" if group["name"] == "routers" else "backbone"
             group["lr"] = self.timeline.learning_rate(self.global_step, kind)
-        # where a validation comes before all steps, Lightning counts it for one, and would log the others too late
+        # a resumed run may begin with a validation, which is logged with the step before it
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, pack: MemoryPack, batch_idx: int) -> Tensor:
@@ -521,7 +521,7 @@ def _recount(checkpoint: dict[str, Any], accumulated: int) -> None:
     for counts in (held_out["total"], held_out["current"]):
         counts.update(ready=begun, started=begun, processed=0, completed=0)
     batches["is_last_batch"] = held_out["is_last_batch"] = False
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - begun  # a validation is logged with its step
 
 
 def _as_it_is(data: Any) -> Any:

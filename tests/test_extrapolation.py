@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def test_two_ranks_measure_what_one_does(tiny_run: Arguments, tmp_path: Path) ->
     assert together == alone and len(alone) == 4 * 2 * 3
 
 
-class Struck(RetrievalTask):
+class Struck(RetrievalTask, ABC):
     """Something happens at its second length, on one rank alone.
 
     Args:
@@ -255,8 +256,9 @@ class Struck(RetrievalTask):
             self.happens()
         yield from super().trials(length)
 
+    @abstractmethod
     def happens(self) -> None:
-        raise NotImplementedError
+        """What."""
 
 
 class Interrupted(Struck):

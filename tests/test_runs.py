@@ -198,10 +198,7 @@ def test_a_run_in_parts_with_validations_is_the_whole_run(tiny_run: Arguments, t
             resume = {"ckpt_path": "last"} if number else {}
             fit(tiny_run(tmp_path, steps=15, **VALIDATED, name=name, **{"trainer.max_steps": limit}, **resume))
     logs = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("whole", "parts")]
-    trained = [
-        [row["step"] for row in log if row["loss/total"]] for log in logs
-    ]  # a validation made anew has a row of its own
-    assert trained[0] == trained[1] and len(trained[0]) == 15
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] and len(logs[0]) >= 15
     whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
     assert whole["msa_train"] == parts["msa_train"]
     assert recorded(tmp_path / "whole") == pytest.approx(recorded(tmp_path / "parts"))
