@@ -80,6 +80,7 @@ VARIANTS = {
     "random_start": Variant(("--model.msa.router_init", "random")),
     "queries_1": Variant(("--data.queries_per_pack", "1")),
     "queries_16": Variant(("--data.queries_per_pack", "16")),
+    "queries_64": Variant(("--data.queries_per_pack", "64")),
     "coupled": Variant(("--model.routing_loss", "coupled")),
     "focal": Variant(("--model.routing_loss", "focal")),
     "temperature_0.1": Variant(("--model.temperature", "0.1")),

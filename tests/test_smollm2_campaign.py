@@ -392,10 +392,11 @@ CHANGED = {
     "seed0": set(), "seed1": {"seed_everything", "seed"}, "seed2": {"seed_everything", "seed"},
     "full": {"lora", "phases"}, "no_warm_up": {"phases"}, "only_8k": {"document_tokens"},
     "random_start": {"router_init"}, "queries_1": {"queries_per_pack"}, "queries_16": {"queries_per_pack"},
-    "coupled": {"routing_loss"}, "focal": {"routing_loss"}, "temperature_0.1": {"temperature"},
-    "temperature_0.05": {"temperature"}, "layers_all": {"routed_layers"}, "layers_upper_third": {"routed_layers"},
-    "layers_middle": {"routed_layers"}, "chunk_32": {"chunk_size"}, "chunk_128": {"chunk_size"},
-    "prompt_words": {"routing_words"}, "no_distractors": {"distractors"}, "no_mined": {"negatives"},
+    "queries_64": {"queries_per_pack"}, "coupled": {"routing_loss"}, "focal": {"routing_loss"},
+    "temperature_0.1": {"temperature"}, "temperature_0.05": {"temperature"}, "layers_all": {"routed_layers"},
+    "layers_upper_third": {"routed_layers"}, "layers_middle": {"routed_layers"}, "chunk_32": {"chunk_size"},
+    "chunk_128": {"chunk_size"}, "prompt_words": {"routing_words"}, "no_distractors": {"distractors"},
+    "no_mined": {"negatives"},
 }  # fmt: skip
 
 
