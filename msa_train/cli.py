@@ -18,9 +18,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import lightning as L
 import torch
@@ -208,6 +209,8 @@ class MemoryCLI(LightningCLI):
         for action in parser._actions:
             if action.dest.partition(".")[0] in hidden:
                 action.help = argparse.SUPPRESS
+            if hasattr(action, "_typehint"):
+                action._typehint = _whole_first(action._typehint)
         return parser
 
     def instantiate_classes(self) -> None:
@@ -455,6 +458,14 @@ class _Progress(RichProgressBar):
 class _Instantiate(MemoryCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: the caller looks at what was built."""
+
+
+def _whole_first(kind: Any) -> Any:
+    """The type of an option, whose whole numbers are tried before broken ones: else the 1 of `limit_val_batches: 1`
+    would be 1.0, which is all batches. typing hands out unions in the order of whoever asked for one first, be it
+    another library (Lightning issue 21259)."""
+    kinds = get_args(kind)
+    return reduce(or_, (int, *(one for one in kinds if one is not int))) if {int, float} <= {*kinds} else kind
 
 
 def _first_rank() -> bool:

@@ -155,3 +155,26 @@ def test_an_empty_pack_folder_is_named(tiny_run: Arguments, tmp_path: Path) -> N
     (folder / "corpus.jsonl").write_text('{"_id": "d0", "text": "a"}\n{"_id": "d1",\n')
     with pytest.raises(UserError, match="corpus.jsonl:2: not valid JSON"):
         run(tiny_run(tmp_path / "runs", **{"data.corpus": folder}))
+
+
+UNIONS = """
+import typing
+for clear in typing._cleanups: clear()
+broken = typing.Optional[typing.Union[float, int]]
+import lightning as L
+hints = L.Trainer.__init__.__annotations__
+for name in hints:
+    if name.startswith("limit_"): hints[name] = broken
+assert typing.get_args(hints["limit_val_batches"])[0] is float
+from msa_train.cli import build
+trainer = build(CONFIG, run=False).trainer
+print("limits", repr(trainer.limit_val_batches), repr(trainer.limit_test_batches))
+"""
+
+
+def test_a_limit_of_one_batch_is_one_batch(tiny_run: Arguments, tmp_path: Path) -> None:
+    """Where another library has asked typing for the same union, floats first."""
+    limits = {"trainer.limit_val_batches": 1, "trainer.limit_test_batches": 0.5}
+    code = UNIONS.replace("CONFIG", repr(["fit", *tiny_run(tmp_path, steps=3, **limits)]))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "limits 1 0.5\n" in done.stdout, done.stderr[-2000:]
