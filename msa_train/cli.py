@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import lightning as L
 import torch
@@ -465,7 +466,8 @@ def _whole_first(kind: Any) -> Any:
     would be 1.0, which is all batches. typing hands out unions in the order of whoever asked for one first, be it
     another library (Lightning issue 21259)."""
     kinds = get_args(kind)
-    return reduce(or_, (int, *(one for one in kinds if one is not int))) if {int, float} <= {*kinds} else kind
+    mixed = get_origin(kind) in (Union, UnionType) and int in kinds and float in kinds
+    return reduce(or_, (int, *(one for one in kinds if one is not int))) if mixed else kind
 
 
 def _first_rank() -> bool:

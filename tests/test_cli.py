@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -178,3 +179,9 @@ def test_a_limit_of_one_batch_is_one_batch(tiny_run: Arguments, tmp_path: Path) 
     code = UNIONS.replace("CONFIG", repr(["fit", *tiny_run(tmp_path, steps=3, **limits)]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "limits 1 0.5\n" in done.stdout, done.stderr[-2000:]
+
+
+def test_whole_numbers_come_first_in_unions_alone() -> None:
+    for kind in (dict[int, float], tuple[float, int], Callable[[int], float], float | None, int):
+        assert cli._whole_first(kind) is kind
+    assert get_args(cli._whole_first(float | int | str | None)) == (int, float, str, NoneType)
