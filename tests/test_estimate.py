@@ -39,6 +39,7 @@ from msa_train.kernels.choice import REFERENCE, Kernels
 from msa_train.kernels.pool import pool_chunks
 from msa_train.kernels.rope import norm_rotate
 from msa_train.kernels.varlen import _OwnedRows
+from msa_train.lora import LoRA, adapt
 from msa_train.losses import routing_loss
 from msa_train.model import MemorySparseModel, Recompute
 from msa_train.operations import ModelSizes
@@ -288,7 +289,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", anywhere)
 
 
-def small(dtype: torch.dtype, model_type: str = "qwen3") -> MemorySparseModel:
+def small(dtype: torch.dtype, model_type: str = "qwen3", lora: LoRA | None = None) -> MemorySparseModel:
     """Six layers of sizes that all differ."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -296,6 +297,7 @@ def small(dtype: torch.dtype, model_type: str = "qwen3") -> MemorySparseModel:
         num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    adapt(backbone, lora)
     return MemorySparseModel(backbone, MSAConfig(chunk_size=16, top_k=4)).train()
 
 
@@ -307,12 +309,18 @@ FORWARD = ("forward pass", "loss")
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
-@pytest.mark.parametrize("kernels", [FUSED, PLAIN], ids=["fused", "plain"])
+@pytest.mark.parametrize(
+    ("kernels", "model_type", "lora"),
+    [(FUSED, "qwen3", None), (FUSED, "llama", None), (FUSED, "llama", LoRA(rank=4)),
+     (PLAIN, "qwen3", None), (PLAIN, "llama", None)],
+    ids=["fused-qwen3", "fused-llama", "fused-lora", "plain-qwen3", "plain-llama"],
+)  # fmt: skip
 @pytest.mark.parametrize("precision", TYPES)
-def test_a_layer_keeps_what_autograd_saves(precision: Precision, kernels: Kernels, model_type: str) -> None:
+def test_a_layer_keeps_what_autograd_saves(
+    precision: Precision, kernels: Kernels, model_type: str, lora: LoRA | None
+) -> None:
     """Storages of saved tensors, each counted once, weights and rotary tables of the model left out."""
-    model, pack = small(TYPES[precision], model_type), SMALL.pack(16, 499)
+    model, pack = small(TYPES[precision], model_type, lora), SMALL.pack(16, 499)
     model.use(kernels)
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, Tensor] = {}
